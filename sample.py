@@ -1,0 +1,228 @@
+"""Sample images from a checkpoint: noise -> guided denoising loop -> a PNG grid, or an .npz for FID.
+
+    python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
+    python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images of two classes
+    python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
+    python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
+"""
+
+import argparse
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from terdit import GaussianDiffusion, load_model
+
+IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
+
+
+def image_generator(seed, index):
+    """The random numbers of one image depend on the seed and the image's place, never on the batch it is in."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
+    """Run the guided loop for the labels y [(place, label), ...] -> x_0 (n, C, H, W) fp32."""
+    config, device = model.config, next(model.parameters()).device
+    diffusion = GaussianDiffusion(str(steps), config.prediction)
+    generators = [image_generator(seed, place) for place, _ in y]
+    shape = (config.in_channels, config.input_size, config.input_size)
+    draw = lambda x: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    labels = torch.tensor([label for _, label in y], device=device)
+    both = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+
+    def model_fn(x, t):
+        if cfg == 1:
+            out = model(x, t, labels)
+        else:
+            out = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), both, cfg)[: len(x)]
+        if progress:
+            progress(len(x))
+        return out
+
+    if sampler == "ddim":  # eta = 0: deterministic after the first draw
+        return diffusion.ddim_sample_loop(model_fn, draw(None), clip_denoised=config.vae is None, noise_fn=torch.zeros_like)
+    return diffusion.p_sample_loop(model_fn, draw(None), clip_denoised=config.vae is None, noise_fn=draw)
+
+
+def sample_images(model, y, seed=0, cfg=1.5, steps=50, sampler="ddpm", batch=100, decode=None, progress=None):
+    """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU."""
+    places = list(enumerate(torch.as_tensor(y).tolist()))
+    parts = []
+    for i in range(0, len(places), batch):
+        x = sample_latents(model, places[i : i + batch], seed, cfg, steps, sampler, progress)
+        parts.append((decode(x) if decode else x).float().clamp(-1, 1).cpu())
+    return torch.cat(parts)
+
+
+def load_decoder(name, latent_scale, device):
+    """The VAE that turns latents into images; `name` is a diffusers model or a local folder."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ValueError(f"this checkpoint makes latents of the VAE {name}; decoding them needs: pip install diffusers") from None
+    vae = AutoencoderKL.from_pretrained(name).to(device).eval()
+    return torch.no_grad()(lambda x: torch.cat([vae.decode(part / latent_scale).sample for part in x.split(1)]))
+
+
+def to_uint8(x):
+    """(n, C, H, W) in [-1, 1] -> (n, H, W, 3) uint8 numpy."""
+    x = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    return x.expand(-1, -1, -1, 3).contiguous().numpy()
+
+
+def save_beside(path, write):
+    """write(file) into a temporary file, then rename it: nothing half-written is left."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_grid(x, columns, path):
+    """Images (n, 3, H, W) row by row into one PNG, enlarged to a width that a person can see (at most 1600 pixels)."""
+    images = to_uint8(x)
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * columns, h, w, 3), 255, np.uint8)
+    sheet[:n] = images
+    sheet = Image.fromarray(sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3))
+    zoom = max(1, min(96 // w, 1600 // sheet.width))
+    sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)
+    save_beside(path, lambda file: sheet.save(file, "PNG"))
+
+
+class Progress:
+    """One live line: images x steps done, and the time left."""
+
+    def __init__(self, total, what="sampling"):
+        self.total, self.what, self.done, self.start = total, what, 0, time.time()
+
+    def __call__(self, n):
+        self.done += n
+        if sys.stderr.isatty():
+            left = (time.time() - self.start) * (self.total - self.done) / self.done
+            end = "\n" if self.done >= self.total else ""
+            print(f"\r{self.what} {self.done / self.total:4.0%}, {left:.0f} s left   ", end=end, file=sys.stderr, flush=True)
+
+
+def pick_classes(wanted, config):
+    """Class names or indices -> indices. Names come first: in a released checkpoint "207" is a name, of row 121."""
+    names = [str(n) for n in config.class_names or range(config.num_classes)]
+    if wanted is None and config.num_classes > 10:
+        wanted = IMAGENET if set(IMAGENET) <= set(names) else list(range(8))
+    picked = []
+    for w in wanted if wanted is not None else range(config.num_classes):
+        if str(w) in names:
+            picked.append(names.index(str(w)))
+        elif str(w).lstrip("-").isdigit():
+            if not 0 <= int(w) < config.num_classes:
+                raise ValueError(f"class {w} is out of range: this checkpoint has {config.num_classes} classes, 0-{config.num_classes - 1}")
+            picked.append(int(w))
+        else:
+            some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise ValueError(f"class {w!r} is unknown: this checkpoint has {config.num_classes} classes, {some}")
+    return picked
+
+
+def report(path, model, device, seconds, n, steps):
+    """What the paper's efficiency table (table 2) reports."""
+    path = Path(path)
+    on_disk = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("consolidated*")))
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    codes, rest = size(model.buffers()), size(model.parameters())
+    if device == "cuda":
+        peak, where = torch.cuda.max_memory_allocated(), "GPU memory"
+    else:
+        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), "resident memory"
+    mb = lambda b: f"{b / 1e6:,.2f} MB"
+    print(f"checkpoint {mb(on_disk)} on disk; weights in memory {mb(codes + rest)} (2-bit codes {mb(codes)}, full precision "
+          f"{mb(rest)}), container {mb(on_disk - codes - rest)}; peak {where} {mb(peak)}")  # fmt: skip
+    print(f"{n} images in {seconds:.1f} s: {seconds / n:.3f} s an image, {steps} steps")
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
+    return int(text)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", required=True, help="packed.pt, or a released TerDiT or Large-DiT folder")
+    p.add_argument("--classes", nargs="+", help="names or indices; all classes by default (eight of more than ten)")
+    p.add_argument("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
+    p.add_argument("--cfg", type=float, default=1.5, help="guidance scale; 1 is none (default 1.5)")
+    p.add_argument("--steps", type=positive, default=50, help="denoising steps of 1000 (default 50; the paper's 250)")
+    p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
+    p.add_argument("--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid")
+    p.add_argument("--out", help="default grid.png or samples.npz")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], help="default fp32 on a CPU, bf16 on a GPU")
+    p.add_argument("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
+    p.add_argument("--n-heads", type=positive, help="for released folders whose model has not 32 heads")
+    args = p.parse_args(argv)
+    if args.steps > 1000:
+        p.error(f"argument --steps: got {args.steps}, expected at most 1000")
+    if args.seed < 0:
+        p.error(f"argument --seed: got {args.seed}, expected 0 or more")
+    if args.npz and args.n:
+        p.error("--npz N says how many images: leave out --n")
+    args.out = args.out or ("samples.npz" if args.npz else "grid.png")
+    parent = Path(args.out).absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        p.error(f"argument --out: {parent} is not a folder that can be written to")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype or ("bf16" if args.device == "cuda" else "fp32")]
+    overrides = {k: v for k, v in (("vae", args.vae), ("n_heads", args.n_heads)) if v is not None}
+    model = load_model(args.ckpt, args.device, dtype, **overrides)
+    config = model.config
+    classes = pick_classes(args.classes, config)
+    if Path(args.ckpt).is_dir():
+        print(f"released checkpoint: classes are ImageNet's indices, which it orders as strings ({(config.class_names or ['?'])[classes[0]]} is row {classes[0]})")
+    decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
+
+    n = args.npz or args.n or 4 * len(classes)
+    y = torch.tensor([classes[i % len(classes)] for i in range(n)])
+    start = time.time()
+    progress = Progress(n * args.steps)
+    images = sample_images(model, y, args.seed, args.cfg, args.steps, args.sampler, args.batch, decode, progress)
+    seconds = time.time() - start
+    if not images.isfinite().all():
+        raise ValueError(f"{args.ckpt}: the samples are not finite; is the checkpoint damaged?")
+    if args.npz:
+        save_beside(args.out, lambda file: np.savez(file, to_uint8(images), y.numpy()))
+    else:
+        save_grid(images, min(len(classes), n), args.out)
+    report(args.ckpt, model, args.device, seconds, n, args.steps)
+    print(f"wrote {args.out}")
+
+
+def run(main):
+    """main() with one line instead of a traceback for what a user can mend; exit code 1 (argparse's own is 2)."""
+    try:
+        main()
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+if __name__ == "__main__":
+    run(main)

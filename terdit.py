@@ -1,0 +1,709 @@
+"""TerDiT from scratch: a diffusion transformer whose weights are -1, 0 and +1.
+
+The whole method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.14854) in the paper's order:
+
+    1. Config, SIZES                 what a model is made of
+    2. ternarize, TernaryLinear      ternary weights and how gradients get past the rounding     (paper 3.1)
+    3. DiT                           the transformer, with an RMS Norm behind each adaLN          (paper 3.2, figure 3)
+    4. GaussianDiffusion             what it is trained on and how it samples                     (DDPM, Improved DDPM, DDIM)
+    5. pack_ternary, pack_model      four weights in a byte                                       (paper 3.3)
+    6. save_checkpoint, load_model   our files, and the released TerDiT and Large-DiT folders
+
+Letters in the shape comments: N batch, C channels, H W height and width, T tokens, D width of the model.
+"""
+
+import json
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. What a model is made of
+
+
+@dataclass
+class Config:
+    """Everything needed to rebuild a model, and what a sampler must know of its data. JSON-able.
+
+    `ternary=False, adaln_norm=False` is Large-DiT, the full-precision model that TerDiT quantizes.
+    """
+
+    input_size: int = 32  # height = width of what the model sees: latents of a 256x256 image are 32x32
+    patch_size: int = 2
+    in_channels: int = 4
+    dim: int = 1536
+    n_layers: int = 16
+    n_heads: int = 32
+    multiple_of: int = 256  # the FFN's width is 8/3 dim rounded up to this
+    num_classes: int = 1000  # the null label of classifier-free guidance is num_classes itself
+    class_dropout_prob: float = 0.1
+    learn_sigma: bool = True
+    prediction: str = "eps"  # "eps" is the paper; "v" learns large shapes sooner (GaussianDiffusion)
+    qk_norm: bool = False
+    norm_eps: float = 1e-5
+    label_std: float = 0.02  # initial spread of the label embeddings
+    ternary: bool = True
+    adaln_norm: bool = True  # the paper's RMS Norm behind the adaLN projection
+    class_names: list | None = None
+    vae: str | None = None  # None: the model works on pixels in [-1, 1]
+    latent_scale: float = 0.18215  # latents are multiplied by it to have a variance of about 1 (SD VAE)
+
+    def __post_init__(self):
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} heads of even width")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"image size {self.input_size} is not a multiple of the patch size {self.patch_size}")
+        if self.prediction not in ("eps", "v"):
+            raise ValueError(f"prediction={self.prediction!r}, expected 'eps' or 'v'")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+
+    @property
+    def cond_dim(self):
+        """Width of the conditioning vector (Large-DiT caps it at 1024)."""
+        return min(self.dim, 1024)
+
+    @property
+    def ffn_dim(self):
+        hidden = int(2 * 4 * self.dim / 3)
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+
+SIZES = {  # ternary weights: 2.7M, 33M, 132M, 604M, 4.2B
+    "tiny": dict(input_size=24, patch_size=4, in_channels=3, dim=192, n_layers=4, n_heads=6, multiple_of=64,
+                 num_classes=10, learn_sigma=False, prediction="v", label_std=0.5),
+    "S": dict(dim=384, n_layers=12, n_heads=6),
+    "B": dict(dim=768, n_layers=12, n_heads=12),
+    "600M": dict(dim=1536, n_layers=16, n_heads=32),
+    "4.2B": dict(dim=3072, n_layers=32, n_heads=32),
+}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Ternary weights
+
+
+class _Ternarize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, eps):
+        # One buffer, four passes over memory: this runs on every weight at every step.
+        codes = weight.abs()
+        gamma = codes.mean() + eps
+        return torch.div(weight, gamma, out=codes).round_().clamp_(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad_codes):
+        return grad_codes, None
+
+
+def ternarize(weight, eps=1e-6):
+    """Round to -1, 0, +1 by the absmean rule (TerDiT eq. 1, from BitNet b1.58); gradients pass straight through.
+
+    weight (N, K) float -> same shape and dtype: clip(round(weight / (mean|weight| + eps)), -1, 1), halves to even.
+    Rounding has no useful derivative, so the backward is the identity (the straight-through estimator): the latent
+    weight drifts as if it were used itself, and its code flips when it has drifted far enough.
+    """
+    return _Ternarize.apply(weight, eps)
+
+
+class _TernaryWeight(torch.autograd.Function):
+    """ternarize(weight) * alpha, cast to `dtype`: the fast path of TernaryLinear.
+
+    Saves one tensor (which the matmul saves anyway) where the plain expression saves two, and reads the gradient once
+    less: 5% of a training step instead of 25% at 1024 tokens of a 600M block.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, alphas, dtype):
+        out = _Ternarize.forward(None, weight, 1e-6).mul_(alphas).to(dtype)
+        ctx.save_for_backward(out, alphas)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out, alphas = ctx.saved_tensors
+        # d/dalpha = <grad, codes> = <grad, out> / alpha. An alpha of exactly 0 gets no gradient.
+        if grad.dtype == torch.float32:
+            dot = torch.dot(grad.flatten(), out.flatten())
+        else:
+            dot = (grad * out).sum(dtype=torch.float32)
+        grad_alphas = torch.where(alphas == 0, torch.zeros_like(alphas), dot / alphas)
+        return grad.to(alphas.dtype) * alphas, grad_alphas, None
+
+
+class TernaryLinear(nn.Module):
+    """A linear layer whose weight is ternary in the forward pass and full precision in the optimizer.
+
+    `weight` (N, K) latent, `alphas` (1,) the layer's one learned scale, `bias` (N,) or None.  x (..., K) -> (..., N)
+    """
+
+    def __init__(self, in_features, out_features, bias=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.alphas = nn.Parameter(torch.empty(1))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x):
+        # The plain form is F.linear(x, ternarize(self.weight) * self.alphas, self.bias).
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.weight.dtype
+        return F.linear(x, _TernaryWeight.apply(self.weight, self.alphas, dtype), self.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The model: Large-DiT with ternary linears and a normed adaLN
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)  # (N, T, D), (N, D), (N, D)
+
+
+def timestep_embedding(t, dim=256, max_period=10000):
+    """Sinusoids of t (N,), fractions allowed -> (N, dim): the cosines, then the sines (ADM's order)."""
+    half = dim // 2
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    # exp in fp64: one rounding of fp32's, which differs between machines, turns the angle at t=999 by 6e-5.
+    freqs = exponents.double().exp().float()
+    args = t[:, None].float() * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One row a class, and a last row for "no class", which guidance needs (classifier-free guidance)."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+def rotary_table(n_tokens, head_dim, device=None, theta=10000.0):
+    """exp(i * angle) (T, head_dim / 2) complex64: raster position times a frequency for each pair of channels."""
+    freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(n_tokens, dtype=torch.float32, device=device), freqs)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x, freqs_cis):
+    """Turn each pair (2i, 2i+1) of x (N, heads, T, head_dim) by its angle, in fp32 (RoFormer; Large-DiT)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (N, heads, T, head_dim / 2)
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, linear):
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.wq, self.wk, self.wv, self.wo = (linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
+        # Over all heads together, before the rotation (Large-DiT).
+        self.q_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+
+    def forward(self, x, freqs_cis):
+        heads = lambda z: z.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (N, T, D) -> (N, heads, T, head_dim)
+        q = rotate(heads(self.q_norm(self.wq(x))), freqs_cis)
+        k = rotate(heads(self.k_norm(self.wk(x))), freqs_cis)
+        v = heads(self.wv(x))
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # What SDPA computes. Its bf16 backward on a CPU takes 13 times as long as these two matmuls.
+            out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # (N, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, cfg, linear):
+        super().__init__()
+        self.w1 = linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w2 = linear(cfg.ffn_dim, cfg.dim, bias=False)
+        self.w3 = linear(cfg.dim, cfg.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and SwiGLU, each shifted, scaled and gated by the timestep and the label (adaLN).
+
+    Ternary weights are large next to trained full-precision ones, so the ternary adaLN projection puts out values
+    that a small change of a few codes moves a lot. The paper's cure is one RMS Norm over all six vectors at once
+    (paper 3.2, figures 3 and 4).
+    """
+
+    def __init__(self, cfg, linear):
+        super().__init__()
+        self.attention = Attention(cfg, linear)
+        self.feed_forward = FeedForward(cfg, linear)
+        self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(cfg.cond_dim, 6 * cfg.dim, bias=True))
+        if cfg.adaln_norm:
+            self.adaLN_modulation.append(nn.RMSNorm(6 * cfg.dim, eps=cfg.norm_eps))
+
+    def forward(self, x, c, freqs_cis):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attention(modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis)
+        x = x + gate_mlp.unsqueeze(1) * self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp))
+        return x
+
+
+class FinalLayer(nn.Module):
+    """Full precision: the last layer's errors are the image's errors (paper 3.1)."""
+
+    def __init__(self, cfg, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(cfg.dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(cfg.dim, cfg.patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.cond_dim, 2 * cfg.dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """The diffusion transformer. Parameter names are upstream's, so released checkpoints load.
+
+    packed=True builds the inference model, whose ternary layers hold 2 bits a weight (see pack_model).
+    """
+
+    def __init__(self, config, packed=False):
+        super().__init__()
+        if packed and not config.ternary:
+            raise ValueError("a full-precision model (ternary=False) has no ternary layers to pack")
+        self.config = cfg = config
+        self.out_channels = cfg.in_channels * (2 if cfg.learn_sigma else 1)
+        linear = PackedTernaryLinear if packed else TernaryLinear if cfg.ternary else nn.Linear
+        self.x_embedder = nn.Linear(cfg.patch_size**2 * cfg.in_channels, cfg.dim)
+        self.t_embedder = TimestepEmbedder(cfg.cond_dim)
+        self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.cond_dim)
+        self.layers = nn.ModuleList([TransformerBlock(cfg, linear) for _ in range(cfg.n_layers)])
+        self.final_layer = FinalLayer(cfg, self.out_channels)
+        if not packed:
+            self.init_weights()
+
+    def init_weights(self):
+        """The start of training. Two things differ from upstream, whose checkpoints never saw this code.
+
+        alpha starts at mean|W|, so a ternary layer puts out about what its latent weights would. And the block starts
+        as the identity (adaLN-Zero) through the RMS Norm's gain instead of a zero weight: a weight of zeros is +-1 as
+        soon as it moves at all, and opens the gate to full in a single step.
+        """
+        cfg = self.config
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, TernaryLinear)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=cfg.label_std)
+        for block in self.layers:
+            if cfg.adaln_norm:
+                nn.init.zeros_(block.adaLN_modulation[2].weight)
+            elif not cfg.ternary:
+                nn.init.zeros_(block.adaLN_modulation[1].weight)
+        for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+        for module in self.modules():
+            if isinstance(module, TernaryLinear):
+                with torch.no_grad():
+                    module.alphas.copy_(module.weight.abs().mean())
+
+    def patchify(self, x):
+        p = self.config.patch_size
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (N, C, H/p, p, W/p, p)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
+
+    def unpatchify(self, x, height):
+        p = self.config.patch_size
+        # The order within a patch is (p, p, C) here and (C, p, p) in patchify: DiT's habit, which checkpoints keep.
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, (height // p, -1))  # (N, H/p, W/p, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (N, C, H, W)
+
+    def forward(self, x, t, y):
+        """Predict the noise (or v) in x.
+
+        x (N, C, H, W) noisy images or latents; t (N,) in 0..999, fractions allowed; y (N,) classes, num_classes: none.
+        -> (N, 2C, H, W): prediction, then the sigma channels; (N, C, H, W) if not learn_sigma.
+        """
+        height = x.shape[2]
+        h = self.x_embedder(self.patchify(x).to(self.x_embedder.weight.dtype))  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, cond_dim)
+        freqs_cis = rotary_table(h.shape[1], self.config.dim // self.config.n_heads, x.device)
+        for layer in self.layers:
+            h = layer(h, c, freqs_cis)
+        return self.unpatchify(self.final_layer(h, c), height)
+
+    def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None):
+        """Classifier-free guidance, by upstream's contract.
+
+        The first half of x (N, C, H, W) is run twice, the second half is ignored; y is the classes, then as many null
+        labels. Returns (N, 2C or C, H, W) whose two halves hold the same guided prediction; sigma is never guided.
+        guided_channels=3 reproduces upstream, which leaves the fourth latent channel unguided (DiT issue 41 calls it a
+        slip). None guides every channel.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        g = self.config.in_channels if guided_channels is None else guided_channels
+        cond, uncond = out[:, :g].chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), out[:, g:]], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Diffusion
+
+
+def _spaced_steps(respacing, total):
+    """The timesteps that a shorter process keeps: "250", "10,15,20" (counts for equal parts), "ddim50" (a stride)."""
+    if respacing.startswith("ddim"):
+        count = int(respacing[4:])
+        for stride in range(1, total):
+            if len(range(0, total, stride)) == count:
+                return list(range(0, total, stride))
+        raise ValueError(f"respacing={respacing!r}: no whole stride gives {count} of {total} steps")
+    counts = [int(c) for c in respacing.split(",")]
+    steps, start = [], 0
+    for i, count in enumerate(counts):
+        size = total // len(counts) + (i < total % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(f"respacing={respacing!r}: {count} steps wanted of a part that has {size}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        # A running sum, as in ADM: a product rounds otherwise at exact halves.
+        steps += [start + round(s) for s in accumulate([0.0] + [stride] * (count - 1))]
+        start += size
+    return steps
+
+
+def _normal_kl(mean1, logvar1, mean2, logvar2):
+    return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
+
+
+def _discretized_gaussian_nll(x, mean, log_scale):
+    """-log of the mass that a Gaussian puts on x's own bin of width 2/255 (DDPM section 3.3)."""
+    cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # as ADM approximates it
+    inv_std = (-log_scale).exp()
+    plus, minus = cdf(inv_std * (x - mean + 1 / 255)), cdf(inv_std * (x - mean - 1 / 255))
+    mass = torch.where(x < -0.999, plus, torch.where(x > 0.999, 1 - minus, plus - minus))
+    return -mass.clamp(min=1e-12).log()
+
+
+class GaussianDiffusion:
+    """The noise process q(x_t | x_0), the training loss, and the samplers.
+
+    Linear betas 1e-4..0.02 over 1000 steps (DDPM). `respacing` keeps fewer of them for sampling: a shorter process with
+    the same alphas_cumprod at the kept steps, `timestep_map` saying which. Tables are float64 numpy arrays.
+
+    prediction: what the model's first C channels mean. "eps" is the noise, the paper's choice. "v" is
+    sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise,
+    where a whole image's layout is decided and where an error in eps costs almost nothing.
+    """
+
+    def __init__(self, respacing="", prediction="eps"):
+        betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
+        acp = np.cumprod(1 - betas)
+        self.timestep_map = np.array(_spaced_steps(respacing, 1000) if respacing else range(1000))
+        if respacing:
+            acp = acp[self.timestep_map]
+            betas = 1 - acp / np.append(1.0, acp[:-1])
+            acp = np.cumprod(1 - betas)
+        self.prediction = prediction
+        self.num_timesteps = len(betas)
+        self.betas = betas
+        self.alphas_cumprod = acp
+        self.alphas_cumprod_prev = np.append(1.0, acp[:-1])
+        self.alphas_cumprod_next = np.append(acp[1:], 0.0)
+        self.sqrt_alphas_cumprod = np.sqrt(acp)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - acp)
+        self.log_one_minus_alphas_cumprod = np.log(1 - acp)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / acp)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / acp - 1)
+        # q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7. Its variance is 0 at t=0, so the log borrows t=1's.
+        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - acp)
+        second = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - acp)
+        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - acp)
+
+    @staticmethod
+    def _at(table, t, x):
+        """table[t] as fp32, shaped (N, 1, 1, 1) to go with x."""
+        return torch.from_numpy(table).to(t.device)[t].float().view(-1, *[1] * (x.ndim - 1))
+
+    def q_sample(self, x0, t, noise):
+        """Noise x0 (N, C, H, W) to timestep t (N,) in one go (DDPM eq. 4)."""
+        return self._at(self.sqrt_alphas_cumprod, t, x0) * x0 + self._at(self.sqrt_one_minus_alphas_cumprod, t, x0) * noise
+
+    def q_posterior(self, x0, x, t):
+        """Mean and log variance of q(x_{t-1} | x_t, x_0)."""
+        mean = self._at(self.posterior_mean_coef1, t, x) * x0 + self._at(self.posterior_mean_coef2, t, x) * x
+        return mean, self._at(self.posterior_log_variance_clipped, t, x)
+
+    def p_mean_variance(self, model_out, x, t, clip_denoised=False):
+        """Read the model's output (N, 2C or C, H, W) at x (N, C, H, W), t (N,).
+
+        -> dict of mean, variance, log_variance of p(x_{t-1} | x_t), and pred_xstart. Sigma channels in [-1, 1] blend
+        the log variance between the smallest and the largest that make sense (Improved DDPM eq. 15).
+        """
+        pred, sigma = model_out.float().split(x.shape[1], dim=1) if model_out.shape[1] != x.shape[1] else (model_out.float(), None)
+        if self.prediction == "v":
+            x0 = self._at(self.sqrt_alphas_cumprod, t, x) * x - self._at(self.sqrt_one_minus_alphas_cumprod, t, x) * pred
+        else:
+            x0 = self._at(self.sqrt_recip_alphas_cumprod, t, x) * x - self._at(self.sqrt_recipm1_alphas_cumprod, t, x) * pred
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        mean, log_variance = self.q_posterior(x0, x, t)
+        if sigma is not None:
+            frac = (sigma + 1) / 2
+            log_variance = frac * self._at(np.log(self.betas), t, x) + (1 - frac) * log_variance
+        log_variance = log_variance.expand_as(x)
+        return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=x0)
+
+    def training_losses(self, model, x0, t, y, noise=None):
+        """Loss of model(x_t, timestep, y) for x0 (N, C, H, W), t (N,) int64, y (N,) -> dict of (N,) tensors.
+
+        `mse` is the paper's simple loss; `vb`, in bits a dimension, teaches the sigma channels alone (Improved DDPM
+        section 3.1): the prediction is detached in it. Without sigma channels there is no vb. `loss` is their sum.
+        """
+        noise = torch.randn_like(x0) if noise is None else noise
+        x = self.q_sample(x0, t, noise)
+        out = model(x, torch.from_numpy(self.timestep_map).to(t.device)[t], y).float()
+        pred = out[:, : x0.shape[1]]
+        target = noise
+        if self.prediction == "v":
+            target = self._at(self.sqrt_alphas_cumprod, t, x) * noise - self._at(self.sqrt_one_minus_alphas_cumprod, t, x) * x0
+        terms = {"mse": ((target - pred) ** 2).flatten(1).mean(1)}
+        terms["loss"] = terms["mse"]
+        if out.shape[1] != x0.shape[1]:
+            frozen = torch.cat([pred.detach(), out[:, x0.shape[1] :]], dim=1)
+            true_mean, true_logvar = self.q_posterior(x0, x, t)
+            p = self.p_mean_variance(frozen, x, t)
+            kl = _normal_kl(true_mean, true_logvar, p["mean"], p["log_variance"]).flatten(1).mean(1)
+            nll = _discretized_gaussian_nll(x0, p["mean"], 0.5 * p["log_variance"]).flatten(1).mean(1)
+            terms["vb"] = torch.where(t == 0, nll, kl) / math.log(2)
+            terms["loss"] = terms["mse"] + terms["vb"]
+        return terms
+
+    def _sample_loop(self, step, model_fn, x, clip_denoised, noise_fn):
+        for i in reversed(range(self.num_timesteps)):
+            t = torch.full((len(x),), i, device=x.device)
+            out = model_fn(x, torch.full_like(t, int(self.timestep_map[i])))
+            p = self.p_mean_variance(out, x, t, clip_denoised)
+            noise = noise_fn(x)  # drawn at the last step too, so that a recorded sequence replays
+            x = step(p, x, t, noise if i else torch.zeros_like(noise))
+        return x
+
+    @torch.no_grad()
+    def p_sample_loop(self, model_fn, noise, clip_denoised=False, noise_fn=torch.randn_like):
+        """DDPM's ancestral sampling. noise (N, C, H, W) is x_T; model_fn(x, t) gets timesteps of 0..999. -> x_0"""
+        step = lambda p, x, t, noise: p["mean"] + (0.5 * p["log_variance"]).exp() * noise
+        return self._sample_loop(step, model_fn, noise, clip_denoised, noise_fn)
+
+    @torch.no_grad()
+    def ddim_sample_loop(self, model_fn, noise, eta=0.0, clip_denoised=False, noise_fn=torch.randn_like):
+        """DDIM (eq. 12; eta=0 is deterministic given x_T). Arguments as in p_sample_loop."""
+
+        def step(p, x, t, noise):
+            x0 = p["pred_xstart"]
+            # eps from x0, so that clipping x0 reaches it.
+            eps = (self._at(self.sqrt_recip_alphas_cumprod, t, x) * x - x0) / self._at(self.sqrt_recipm1_alphas_cumprod, t, x)
+            acp, prev = self._at(self.alphas_cumprod, t, x), self._at(self.alphas_cumprod_prev, t, x)
+            sigma = eta * ((1 - prev) / (1 - acp)).sqrt() * (1 - acp / prev).sqrt()
+            return x0 * prev.sqrt() + (1 - prev - sigma**2).sqrt() * eps + sigma * noise
+
+        return self._sample_loop(step, model_fn, noise, clip_denoised, noise_fn)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Packing: four weights in a byte
+
+
+def pack_ternary(codes):
+    """codes (N, K) in {-1, 0, 1}, any dtype -> (N/4, K) uint8, in upstream's byte layout.
+
+    Rows are taken in quarters: with n = N/4, byte [r, c] holds the weights of rows r, n+r, 2n+r and 3n+r, high bits
+    first, each as weight + 1:    bits 7-6: row r | 5-4: row n+r | 3-2: row 2n+r | 1-0: row 3n+r
+    """
+    if codes.ndim != 2 or codes.shape[0] % 4:
+        raise ValueError(f"pack_ternary needs (N, K) with N a multiple of 4, got {tuple(codes.shape)}")
+    if not bool(((codes == -1) | (codes == 0) | (codes == 1)).all()):
+        raise ValueError("pack_ternary needs codes of -1, 0 and 1 alone")
+    a, b, c, d = (codes + 1).to(torch.uint8).chunk(4)
+    return a << 6 | b << 4 | c << 2 | d
+
+
+def unpack_ternary(packed):
+    """(N/4, K) uint8 -> (N, K) int8 in {-1, 0, 1}. Bytes are not checked here: see check_packed."""
+    return torch.cat([packed >> shift & 3 for shift in (6, 4, 2, 0)]).to(torch.int8) - 1
+
+
+def check_packed(packed, name="weight"):
+    """Raise ValueError if a 2-bit field of packed (N/4, K) uint8 holds 3, which stands for no weight."""
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"{name}: packed weights are uint8, got {packed.dtype}")
+    if bool((packed & packed >> 1 & 0b01010101).any()):
+        raise ValueError(f"{name}: holds code 3, but packed ternary weights use 0, 1 and 2: the bytes are damaged")
+
+
+class PackedTernaryLinear(nn.Module):
+    """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
+
+    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. The codes are unpacked and scaled
+    exactly as TernaryLinear does it, so in fp32 both give the same bits.
+    """
+
+    def __init__(self, in_features, out_features, bias=False):
+        super().__init__()
+        if out_features % 4:
+            raise ValueError(f"out_features={out_features} must be a multiple of 4 to be packed")
+        self.register_buffer("weight", torch.zeros(out_features // 4, in_features, dtype=torch.uint8))
+        self.alphas = nn.Parameter(torch.empty(1))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, unpack_ternary(self.weight).to(x.dtype) * self.alphas.to(x.dtype), self.bias)
+
+
+@torch.no_grad()
+def pack_model(model):
+    """A DiT of TernaryLinear layers -> a new DiT of PackedTernaryLinear layers, in eval mode on the same device.
+
+    Its fp32 output equals the training model's bit for bit.
+    """
+    with torch.device("meta"):
+        packed = DiT(model.config, packed=True)
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear):
+            if not bool(module.weight.isfinite().all()):
+                raise ValueError(f"{name}.weight holds values that are not finite: nothing to pack")
+            state[f"{name}.weight"] = pack_ternary(ternarize(module.weight))
+    packed.load_state_dict(state, assign=True)
+    return packed.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Checkpoints
+
+FORMAT = "terdit-1"
+
+
+def atomic_save(obj, path):
+    """torch.save beside `path`, then rename: a crash or a full disk leaves the old file whole."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(obj, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model):
+    """Write a DiT, packed or not, with its Config. load_model reads it back."""
+    state, flat = model.state_dict(), {}
+    for dtype in {v.dtype for v in state.values()}:
+        names = [k for k in state if state[k].dtype == dtype]
+        # Views of one storage a dtype: torch.save then writes 2 records instead of one a tensor, 300 bytes less each.
+        parts = torch.cat([state[k].flatten().cpu() for k in names]).split([state[k].numel() for k in names])
+        flat |= {k: part.view(state[k].shape) for k, part in zip(names, parts)}
+    atomic_save({"format": FORMAT, "config": asdict(model.config), "model": {k: flat[k] for k in state}}, path)
+
+
+def read_checkpoint(path, expected):
+    """torch.load that runs no code (weights_only) and says what was wrong. `expected` names what the file should be."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; expected {expected}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as e:
+        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        raise ValueError(f"{path}: not {expected}, or cut short ({reason})") from None
+
+
+def _read_released(folder):
+    """A released TerDiT or Large-DiT folder -> Config fields, state dict. Sizes come from the tensors' shapes."""
+    from argparse import Namespace  # the one class that upstream's model_args.pth needs; nothing else may be unpickled
+
+    files = {name: folder / f"{name}.00-of-01.pth" for name in ("consolidated_ema_ternary", "consolidated_ema")}
+    found = [f for f in files.values() if f.is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder}: a released folder holds {' or '.join(f.name for f in files.values())}")
+    with torch.serialization.safe_globals([Namespace]):
+        args = read_checkpoint(folder / "model_args.pth", "a released model's arguments")
+    state = read_checkpoint(found[0], "a released model's weights")
+    try:
+        dim, patch_dim = state["x_embedder.weight"].shape
+        rows, n_layers = len(state["y_embedder.embedding_table.weight"]), 1 + max(int(k.split(".")[1]) for k in state if k[:7] == "layers.")
+        out_dim = len(state["final_layer.linear.weight"])
+        ffn_dim = state["layers.0.feed_forward.w2.weight"].shape[1]
+    except (KeyError, ValueError, TypeError) as e:
+        raise ValueError(f"{found[0]}: not the weights of a TerDiT or Large-DiT ({e} is missing)") from None
+    patch = 2  # every released model's, as its name ends in _patch2
+    config = dict(
+        input_size=getattr(args, "image_size", 256) // 8, patch_size=patch, in_channels=patch_dim // patch**2,
+        dim=dim, n_layers=n_layers, n_heads=32, num_classes=rows - 1, learn_sigma=out_dim == 2 * patch_dim,
+        multiple_of=next((m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-int(8 * dim / 3) // m) * m == ffn_dim), 1),
+        qk_norm="layers.0.attention.q_norm.weight" in state, ternary="layers.0.attention.wq.alphas" in state,
+        adaln_norm="layers.0.adaLN_modulation.2.weight" in state, vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
+        # Upstream numbered the classes in the order of their indices as strings: 0, 1, 10, 100, 101, ... (207 is row 121).
+        class_names=sorted(str(i) for i in range(rows - 1)),
+    )  # fmt: skip
+    return config, state
+
+
+def load_model(path, device="cpu", dtype=torch.float32, **overrides):
+    """Load a DiT for inference, with its `.config`: a file of save_checkpoint, or a released folder.
+
+    dtype is that of the full-precision parts; packed codes stay uint8, alphas fp32. `overrides` replace Config fields:
+    a released folder does not say n_heads (32 in all of them). Raises ValueError or FileNotFoundError, naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config, state = _read_released(path)
+    else:
+        what = "a checkpoint of this project"
+        ckpt = read_checkpoint(path, what)
+        if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT or "model" not in ckpt:
+            kind = "a training state: sample from the packed.pt beside it" if isinstance(ckpt, dict) and "optimizer" in ckpt else "another program's"
+            raise ValueError(f"{path}: not {what} (format {FORMAT!r}), but {kind}")
+        config, state = ckpt["config"], ckpt["model"]
+    unknown = {**config, **overrides}.keys() - {f.name for f in fields(Config)}
+    if unknown:
+        raise ValueError(f"{path}: unknown Config fields {sorted(unknown)}")
+    config = Config(**{**config, **overrides})
+    packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
+    with torch.device("meta"):
+        model = DiT(config, packed=packed)
+    for name, value in state.items():
+        if packed and value.dtype == torch.uint8:
+            check_packed(value, f"{path}: {name}")
+        elif value.is_floating_point() and not name.endswith("alphas"):
+            state[name] = value.to(dtype)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: tensors do not fit the config: {' '.join(str(e).split())[:300]}") from None
+    return model.to(device).eval().requires_grad_(False)
