@@ -119,12 +119,14 @@ class Progress:
 def pick_classes(wanted, config):
     """Class names or indices -> indices. Names come first: in a released checkpoint "207" is a name, of row 121."""
     names = [str(n) for n in config.class_names or range(config.num_classes)]
-    if wanted is None and config.num_classes > 10:
-        wanted = IMAGENET if set(IMAGENET) <= set(names) else list(range(8))
+    if wanted is None:
+        if config.num_classes <= 10:
+            return list(range(config.num_classes))
+        wanted = IMAGENET if set(IMAGENET) <= set(names) else range(8)
     picked = []
-    for w in wanted if wanted is not None else range(config.num_classes):
-        if str(w) in names:
-            picked.append(names.index(str(w)))
+    for w in wanted:
+        if w in names:
+            picked.append(names.index(w))
         elif str(w).lstrip("-").isdigit():
             if not 0 <= int(w) < config.num_classes:
                 raise ValueError(f"class {w} is out of range: this checkpoint has {config.num_classes} classes, 0-{config.num_classes - 1}")

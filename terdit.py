@@ -50,6 +50,7 @@ class Config:
     qk_norm: bool = False
     norm_eps: float = 1e-5
     label_std: float = 0.02  # initial spread of the label embeddings
+    pos_embed: bool = False  # add learned 2-D positions; the paper has rotary ones alone, along the raster
     ternary: bool = True
     adaln_norm: bool = True  # the paper's RMS Norm behind the adaLN projection
     class_names: list | None = None
@@ -79,7 +80,7 @@ class Config:
 
 SIZES = {  # ternary weights: 2.7M, 33M, 132M, 604M, 4.2B
     "tiny": dict(input_size=24, patch_size=4, in_channels=3, dim=192, n_layers=4, n_heads=6, multiple_of=64,
-                 num_classes=10, learn_sigma=False, prediction="v", label_std=0.5),
+                 num_classes=10, learn_sigma=False, prediction="v", label_std=0.5, pos_embed=True),
     "S": dict(dim=384, n_layers=12, n_heads=6),
     "B": dict(dim=768, n_layers=12, n_heads=12),
     "600M": dict(dim=1536, n_layers=16, n_heads=32),
@@ -152,7 +153,7 @@ class TernaryLinear(nn.Module):
 
     def forward(self, x):
         # The plain form is F.linear(x, ternarize(self.weight) * self.alphas, self.bias).
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.weight.dtype
         return F.linear(x, _TernaryWeight.apply(self.weight, self.alphas, dtype), self.bias)
 
@@ -298,6 +299,8 @@ class DiT(nn.Module):
         self.x_embedder = nn.Linear(cfg.patch_size**2 * cfg.in_channels, cfg.dim)
         self.t_embedder = TimestepEmbedder(cfg.cond_dim)
         self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.cond_dim)
+        n_tokens = (cfg.input_size // cfg.patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.empty(n_tokens, cfg.dim)) if cfg.pos_embed else None
         self.layers = nn.ModuleList([TransformerBlock(cfg, linear) for _ in range(cfg.n_layers)])
         self.final_layer = FinalLayer(cfg, self.out_channels)
         if not packed:
@@ -319,6 +322,8 @@ class DiT(nn.Module):
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=cfg.label_std)
+        if cfg.pos_embed:
+            nn.init.normal_(self.pos_embed, std=0.2)
         for block in self.layers:
             if cfg.adaln_norm:
                 nn.init.zeros_(block.adaLN_modulation[2].weight)
@@ -350,6 +355,8 @@ class DiT(nn.Module):
         """
         height = x.shape[2]
         h = self.x_embedder(self.patchify(x).to(self.x_embedder.weight.dtype))  # (N, T, D)
+        if self.pos_embed is not None:
+            h = h + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, cond_dim)
         freqs_cis = rotary_table(h.shape[1], self.config.dim // self.config.n_heads, x.device)
         for layer in self.layers:

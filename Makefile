@@ -1,0 +1,37 @@
+# make demo PYTHON=python3 uses an existing environment instead of a local .venv
+VENV = .venv/bin/python
+PYTHON = $(VENV)
+READY = $(if $(filter $(VENV),$(PYTHON)),.venv/ready)
+
+help:
+	@echo "make demo       train, pack and sample on a CPU in minutes: runs/demo/packed.pt and grid.png"
+	@echo "make test       run the tests"
+	@echo "make bench      print every figure of README's results again (about 20 minutes on 2 cores)"
+	@echo "make install    only make the local environment, .venv"
+	@echo "make clean      remove .venv and caches; runs/ stays"
+	@echo "PYTHON=python3 after any of them uses your own environment"
+
+install: $(READY)
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: $(READY)
+	$(PYTHON) train.py --out runs/demo
+	$(PYTHON) sample.py --ckpt runs/demo/packed.pt --out runs/demo/grid.png
+
+test: $(READY)
+	$(PYTHON) -m pytest -q tests
+
+bench: $(READY)
+	$(PYTHON) tests/bench_qat.py --json runs/bench_qat.json
+	$(PYTHON) train.py --out runs/demo
+	$(PYTHON) train.py --out runs/demo-full --full-precision
+	$(PYTHON) tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
+
+clean:
+	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
+
+.PHONY: help install demo test bench clean

@@ -1,0 +1,317 @@
+"""Training: the data, determinism, resume to the bit, fine-tuning, and what is refused."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, load_model, pack_model, save_checkpoint
+from terdit import ternarize, unpack_ternary
+from tests.conftest import ROOT
+from tests.test_golden import FOLDERS
+
+FAST = ["--batch", "4", "--grid", "0", "--dtype", "fp32", "--image-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def few_digits(monkeypatch):
+    """A small model and data set, so that runs take a second; and the test runner keeps its own signal handlers."""
+    monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"] | dict(dim=64, n_layers=2, n_heads=2))
+    digits = train.digits
+    monkeypatch.setattr(train, "digits", lambda n, size, seed: digits(200, size, seed))
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def run(out, *flags):
+    train.main([*FAST, "--out", str(out), *map(str, flags)])
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return [[float(v) for v in row] for row in list(csv.reader(file))[1:]]
+
+
+# Data
+
+
+def test_digits():
+    x, y = train.digits(300, 16, 7)
+    assert x.shape == (200, 3, 16, 16) and x.dtype == torch.float32 and y.dtype == torch.int64  # 200: see few_digits
+    assert -1 <= x.min() < -0.5 and 0.8 < x.max() <= 1
+    again, other = train.digits(300, 16, 7), train.digits(300, 16, 8)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
+    assert y.bincount(minlength=10).min() > 5
+
+
+def test_batches_are_epochs():
+    args = train.parse_args(["--batch", "7", "--seed", "5"])
+    args.batch = 7
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 2, 2)
+    data = images, torch.arange(20), [str(i) for i in range(20)], False
+    config, diffusion = Config(num_classes=20, class_dropout_prob=0.0), GaussianDiffusion()
+    labels = torch.cat([train.draw_batch(data, config, args, diffusion, step)[2] for step in range(20)])
+    for epoch in labels.view(7, 20):
+        assert epoch.sort().values.tolist() == list(range(20))  # each image once an epoch
+    assert not torch.equal(labels[:20], labels[20:40])
+    x0, t, y, noise = train.draw_batch(data, config, args, diffusion, 3)
+    assert all(map(torch.equal, (x0, t, y, noise), train.draw_batch(data, config, args, diffusion, 3)))
+    assert ((x0[:, 0, 0, 0] + 1) * 127.5).round().long().equal(y)
+
+
+def test_labels_are_dropped_at_their_rate():
+    images, args = torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), train.parse_args([])
+    args.batch = 1000
+    data = images, torch.zeros(1000, dtype=torch.long), ["a"], False
+    _, _, y, _ = train.draw_batch(data, Config(num_classes=1, class_dropout_prob=0.1), args, GaussianDiffusion(), 0)
+    assert 60 < (y == 1).sum() < 140  # 4 sigma around 100
+
+
+def test_timesteps():
+    for prediction in ("eps", "v"):
+        d = GaussianDiffusion(prediction=prediction)
+        t = train.draw_timesteps(20000, d, train.generator(0))
+        assert t.min() >= 0 and t.max() <= 999 and t.dtype == torch.int64
+        log_snr = np.log(d.alphas_cumprod / (1 - d.alphas_cumprod))[t]
+        if prediction == "eps":
+            assert abs(t.double().mean() - 499.5) < 10
+        else:
+            assert abs(np.median(log_snr) + 2.5) < 0.2
+
+
+def save_image(path, mode="RGB", size=(20, 30), colour=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def test_image_folder(tmp_path, capsys):
+    """Every mode and format; broken files are named and left out; classes are the folders' names."""
+    a, b = tmp_path / "apple", tmp_path / "pear"
+    save_image(a / "rgb.jpg", colour=(255, 0, 0))
+    save_image(a / "deep.png", "I;16", colour=65535)
+    save_image(a / "grey.bmp", "L", colour=128)
+    save_image(a / "palette.gif", "P")
+    save_image(a / "pixel.png", size=(1, 1), colour=(0, 0, 255))
+    save_image(b / "sub/print.jpg", "CMYK")
+    save_image(b / "alpha.webp", "RGBA", colour=(0, 255, 0, 255))
+    Image.new("RGB", (9, 9)).save(b / "moving.gif", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    (b / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (b / "cut.jpg").write_bytes((a / "rgb.jpg").read_bytes()[:300])
+    (b / "notes.txt").write_text("not an image")
+    images, labels, names = train.load_folder(tmp_path, 16)
+    assert names == ["apple", "pear"] and labels.tolist() == [0] * 5 + [1] * 3 and images.shape == (8, 3, 16, 16)
+    shown = capsys.readouterr()
+    assert "broken.png: left out" in shown.err and "cut.jpg: left out" in shown.err and "notes.txt" not in shown.err
+    means = {f: images[i].double().mean((1, 2)).round().tolist() for i, f in enumerate(["deep", "grey", "palette", "pixel", "rgb"])}
+    assert means["deep"] == [255] * 3 and means["grey"] == [128] * 3 and means["pixel"] == [0, 0, 255]
+    assert abs(means["rgb"][0] - 254) <= 1 and means["rgb"][1] <= 1
+
+
+def test_crop_and_orientation(tmp_path):
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, :40, 0], wide[:, 40:80, 1], wide[:, 80:, 2] = 255, 255, 255  # red, green, blue thirds: the centre is green
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert train.load_image(tmp_path / "wide.png", 10)[:, 5, 5].tolist() == [0, 255, 0]
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:16, :, 0] = 255  # red above; orientation 6 says: turn clockwise, so red belongs on the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(halves).save(tmp_path / "turned.png", exif=exif)
+    x = train.load_image(tmp_path / "turned.png", 8)
+    assert x[0, 4, 7] == 255 and x[0, 4, 0] == 0
+
+
+@pytest.mark.parametrize("kind, message", [("missing", "no such folder"), ("empty", "found no subfolder"),
+                                           ("flat", "found no subfolder"), ("hollow", "hold no images"),
+                                           ("broken", "none of its 2 images can be read")])  # fmt: skip
+def test_bad_folders(tmp_path, kind, message):
+    folder = tmp_path / "data"
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "flat":
+        save_image(folder / "x.png")
+    if kind in ("hollow", "broken"):
+        (folder / "a").mkdir()
+    if kind == "broken":
+        [(folder / f"a/{i}.png").write_bytes(b"no") for i in range(2)]
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", "--steps", 1, "--data", folder)
+
+
+# Training
+
+
+def test_loss_falls_and_files_appear(tmp_path, capsys):
+    run(tmp_path, "--steps", 150, "--batch", 16, "--grid", 10, "--sample-every", 100)
+    assert {"state.pt", "packed.pt", "log.csv", "grid.png", "grid-0000100.png"} == set(os.listdir(tmp_path))
+    log = rows(tmp_path / "log.csv")
+    assert [r[0] for r in log] == list(range(10, 151, 10))
+    assert np.mean([r[1] for r in log[-3:]]) < 0.6 * log[0][1]
+    assert load_model(tmp_path / "packed.pt").config.class_names == list("0123456789")
+    shown = capsys.readouterr().out
+    assert "step 150/150" in shown and "ETA 0:00:00" in shown and "packed.pt" in shown and "grid.png" in shown
+
+
+def test_packed_file_is_the_averaged_model(tmp_path):
+    state = run(tmp_path, "--steps", 3)
+    model = DiT(Config(**state["config"]))
+    model.load_state_dict({k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"})
+    want, got = pack_model(model).state_dict(), load_model(tmp_path / "packed.pt").state_dict()
+    assert same(dict(want), dict(got))
+    assert not same(dict(got), dict(pack_model(_load(state)).state_dict()))  # and not the raw one
+
+
+def _load(state):
+    model = DiT(Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model
+
+
+def test_resume_is_exact(tmp_path, monkeypatch):
+    """12 steps = 7 steps, a stop by signal, and 5 more: the same bits everywhere, log.csv included."""
+    whole = run(tmp_path / "whole", "--steps", 12)
+    draw, calls = train.draw_batch, []
+
+    def stop_at_7(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*args)
+
+    monkeypatch.setattr(train, "draw_batch", stop_at_7)
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path / "halves", "--steps", 12)
+    assert e.value.code == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "halves/state.pt", weights_only=True)["step"] == 7
+    halves = run(tmp_path / "halves", "--steps", 12)
+    for key in ("step", "config", "model", "ema", "optimizer"):
+        assert same(whole[key], halves[key]), key
+    # The columns but the last, speed; the loss is a mean of the steps since the row before, or since the resume.
+    log = [rows(tmp_path / d / "log.csv") for d in ("whole", "halves")]
+    assert [r[0] for r in log[0]] == [r[0] for r in log[1]] and [r[2:4] for r in log[0]] == [r[2:4] for r in log[1]]
+    assert not same(whole["model"], run(tmp_path / "other", "--steps", 12, "--seed", 1)["model"])
+
+
+def test_killed_run_goes_on_exactly(tmp_path):
+    """SIGKILL at some moment: what is left is the last whole state, and the same command ends as if nothing happened."""
+    code = "import train, sys; d = train.digits; train.digits = lambda n, s, seed: d(200, s, seed); train.main(sys.argv[1:])"
+    flags = [*FAST, "--steps", "40", "--save-every", "5", "--batch", "2"]
+    command = lambda out: [sys.executable, "-c", code, *flags, "--out", str(tmp_path / out)]
+    process = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL)
+    state = tmp_path / "killed/state.pt"
+    deadline = time.time() + 120
+    while not state.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    left = torch.load(state, weights_only=True)["step"]
+    assert left % 5 == 0 and not (tmp_path / "killed/packed.pt").exists()
+    for out in ("killed", "whole"):
+        subprocess.run(command(out), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    got, want = (torch.load(tmp_path / out / "state.pt", weights_only=True) for out in ("killed", "whole"))
+    for key in ("step", "config", "model", "ema", "optimizer"):
+        assert same(got[key], want[key]), key
+
+
+def test_resume_refuses_another_run(tmp_path):
+    run(tmp_path, "--steps", 2)
+    for flags, field in ((["--no-adaln-norm"], "adaln_norm"), (["--full-precision"], "ternary"), (["--seed", 1], "seed"),
+                         (["--batch", 8], "batch"), (["--lr", 1e-5], "lr"), (["--image-size", 12], "input_size")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"was trained with {field}="):
+            run(tmp_path, "--steps", 3, *flags)
+    state = run(tmp_path, "--steps", 3, "--seed", 1, "--fresh")
+    assert state["step"] == 3 and state["args"]["seed"] == 1
+    assert run(tmp_path, "--steps", 5, "--seed", 1)["step"] == 5  # a longer plan is a way to go on
+
+
+def test_foreign_state_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "state.pt", DiT(Config(**SIZES["tiny"])))
+    with pytest.raises(ValueError, match="not a training state"):
+        run(tmp_path, "--steps", 1)
+    (tmp_path / "state.pt").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="not a training state"):
+        run(tmp_path, "--steps", 1)
+
+
+def test_divergence_stops_at_once(tmp_path, monkeypatch):
+    run(tmp_path, "--steps", 4)
+    before = (tmp_path / "state.pt").read_bytes()
+    losses = GaussianDiffusion.training_losses
+    monkeypatch.setattr(GaussianDiffusion, "training_losses", lambda *a: {k: v * float("nan") for k, v in losses(*a).items()})
+    with pytest.raises(ValueError, match=r"step 4: loss nan.*state.pt holds the last good state"):
+        run(tmp_path, "--steps", 9)
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [["--full-precision"], ["--no-adaln-norm"]])
+def test_ablations_run(tmp_path, flags):
+    config = Config(**run(tmp_path, "--steps", 2, *flags)["config"])
+    full = flags == ["--full-precision"]
+    assert (config.ternary, config.adaln_norm) == (not full, False)
+    assert load_model(tmp_path / ("full.pt" if full else "packed.pt")).config == config
+
+
+def test_one_class_only_and_mirroring(tmp_path):
+    save_image(tmp_path / "data/only/a.png")
+    save_image(tmp_path / "data/only/b.png", colour=(9, 9, 9))
+    state = run(tmp_path / "out", "--steps", 2, "--data", tmp_path / "data")
+    assert state["config"]["class_names"] == ["only"] and state["model"]["y_embedder.embedding_table.weight"].shape[0] == 2
+
+
+def init_sources(tmp_path):
+    run(tmp_path / "src", "--steps", 3)
+    run(tmp_path / "full", "--steps", 3, "--full-precision")
+    return [tmp_path / "src/packed.pt", tmp_path / "src/state.pt", tmp_path / "full/full.pt"]
+
+
+def test_init_keeps_the_weights(tmp_path):
+    packed_file, *others = init_sources(tmp_path)
+    packed = load_model(packed_file)
+    for path in (packed_file, *others):
+        args = train.parse_args(["--init", str(path)])
+        model = train.build_model(args, 8, 3, list("0123456789"))
+        assert model.config == packed.config
+        if path != others[-1]:
+            assert same(dict(pack_model(model).state_dict()), dict(packed.state_dict()))  # the same codes and alphas
+        other = train.build_model(args, 8, 3, ["cat", "dog"])
+        assert other.y_embedder.embedding_table.weight.shape[0] == 3
+        assert torch.equal(other.x_embedder.weight, model.x_embedder.weight)
+    run(tmp_path / "tuned", "--steps", 2, "--init", packed_file)
+
+
+def test_init_refuses(tmp_path):
+    for path, message in ((FOLDERS["terdit"], "works on 4 channels"), (tmp_path / "no.pt", "no such file")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train.build_model(train.parse_args(["--init", str(path)]), 8, 3, ["a"])
+    with pytest.raises(ValueError, match="leave out --size"):
+        run(tmp_path, "--init", "x.pt", "--size", "tiny")
+
+
+def test_latents_made_from_codes_round_back():
+    model = load_model(FOLDERS["terdit"], n_heads=4)
+    _, state = train.initial_latents(FOLDERS["terdit"])[0], None
+    for module in model.modules():
+        if isinstance(module, PackedTernaryLinear):
+            codes = unpack_ternary(module.weight)
+            latent = codes * module.alphas.abs()
+            assert torch.equal(ternarize(latent).to(torch.int8), codes)
