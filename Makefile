@@ -19,7 +19,7 @@ install: $(READY)
 	touch $@
 
 demo: $(READY)
-	$(PYTHON) train.py --out runs/demo
+	$(PYTHON) train.py --compile --out runs/demo
 	$(PYTHON) sample.py --ckpt runs/demo/packed.pt --out runs/demo/grid.png
 
 test: $(READY)
@@ -27,8 +27,8 @@ test: $(READY)
 
 bench: $(READY)
 	$(PYTHON) tests/bench_qat.py --json runs/bench_qat.json
-	$(PYTHON) train.py --out runs/demo
-	$(PYTHON) train.py --out runs/demo-full --full-precision
+	$(PYTHON) train.py --compile --out runs/demo
+	$(PYTHON) train.py --compile --out runs/demo-full --full-precision
 	$(PYTHON) tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
 
 clean:

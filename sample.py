@@ -1,9 +1,9 @@
 """Sample images from a checkpoint: noise -> guided denoising loop -> a PNG grid, or an .npz for FID.
 
-    python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
-    python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images of two classes
-    python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
-    python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
+python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
+python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images of two classes
+python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
+python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
 """
 
 import argparse
@@ -24,7 +24,9 @@ IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight 
 
 def image_generator(seed, index):
     """The random numbers of one image depend on the seed and the image's place, never on the batch it is in."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
@@ -47,7 +49,9 @@ def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
         return out
 
     if sampler == "ddim":  # eta = 0: deterministic after the first draw
-        return diffusion.ddim_sample_loop(model_fn, draw(None), clip_denoised=config.vae is None, noise_fn=torch.zeros_like)
+        return diffusion.ddim_sample_loop(
+            model_fn, draw(None), clip_denoised=config.vae is None, noise_fn=torch.zeros_like
+        )
     return diffusion.p_sample_loop(model_fn, draw(None), clip_denoised=config.vae is None, noise_fn=draw)
 
 
@@ -66,7 +70,9 @@ def load_decoder(name, latent_scale, device):
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ValueError(f"this checkpoint makes latents of the VAE {name}; decoding them needs: pip install diffusers") from None
+        raise ValueError(
+            f"this checkpoint makes latents of the VAE {name}; decoding them needs: pip install diffusers"
+        ) from None
     vae = AutoencoderKL.from_pretrained(name).to(device).eval()
     return torch.no_grad()(lambda x: torch.cat([vae.decode(part / latent_scale).sample for part in x.split(1)]))
 
@@ -113,7 +119,12 @@ class Progress:
         if sys.stderr.isatty():
             left = (time.time() - self.start) * (self.total - self.done) / self.done
             end = "\n" if self.done >= self.total else ""
-            print(f"\r{self.what} {self.done / self.total:4.0%}, {left:.0f} s left   ", end=end, file=sys.stderr, flush=True)
+            print(
+                f"\r{self.what} {self.done / self.total:4.0%}, {left:.0f} s left   ",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def pick_classes(wanted, config):
@@ -129,7 +140,8 @@ def pick_classes(wanted, config):
             picked.append(names.index(w))
         elif str(w).lstrip("-").isdigit():
             if not 0 <= int(w) < config.num_classes:
-                raise ValueError(f"class {w} is out of range: this checkpoint has {config.num_classes} classes, 0-{config.num_classes - 1}")
+                last = config.num_classes - 1
+                raise ValueError(f"class {w} is out of range: this checkpoint has {last + 1} classes, 0-{last}")
             picked.append(int(w))
         else:
             some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
@@ -146,10 +158,14 @@ def report(path, model, device, seconds, n, steps):
     if device == "cuda":
         peak, where = torch.cuda.max_memory_allocated(), "GPU memory"
     else:
-        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), "resident memory"
+        peak, where = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "resident memory",
+        )
     mb = lambda b: f"{b / 1e6:,.2f} MB"
-    print(f"checkpoint {mb(on_disk)} on disk; weights in memory {mb(codes + rest)} (2-bit codes {mb(codes)}, full precision "
-          f"{mb(rest)}), container {mb(on_disk - codes - rest)}; peak {where} {mb(peak)}")  # fmt: skip
+    print(f"checkpoint {mb(on_disk)} on disk: 2-bit codes {mb(codes)}, full-precision rest {mb(rest)}, "
+          f"container {mb(on_disk - codes - rest)}")  # fmt: skip
+    print(f"weights in memory {mb(codes + rest)}; peak {where} {mb(peak)}")
     print(f"{n} images in {seconds:.1f} s: {seconds / n:.3f} s an image, {steps} steps")
 
 
@@ -169,7 +185,9 @@ def parse_args(argv=None):
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
-    p.add_argument("--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid")
+    p.add_argument(
+        "--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid"
+    )
     p.add_argument("--out", help="default grid.png or samples.npz")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["fp32", "bf16"], help="default fp32 on a CPU, bf16 on a GPU")
@@ -197,7 +215,8 @@ def main(argv=None):
     config = model.config
     classes = pick_classes(args.classes, config)
     if Path(args.ckpt).is_dir():
-        print(f"released checkpoint: classes are ImageNet's indices, which it orders as strings ({(config.class_names or ['?'])[classes[0]]} is row {classes[0]})")
+        name, row = config.class_names[classes[0]], classes[0]
+        print(f"released checkpoint: classes are ImageNet's indices, which it orders as strings ({name} is row {row})")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
     n = args.npz or args.n or 4 * len(classes)

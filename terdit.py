@@ -2,21 +2,20 @@
 
 The whole method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.14854) in the paper's order:
 
-    1. Config, SIZES                 what a model is made of
-    2. ternarize, TernaryLinear      ternary weights and how gradients get past the rounding     (paper 3.1)
-    3. DiT                           the transformer, with an RMS Norm behind each adaLN          (paper 3.2, figure 3)
-    4. GaussianDiffusion             what it is trained on and how it samples                     (DDPM, Improved DDPM, DDIM)
-    5. pack_ternary, pack_model      four weights in a byte                                       (paper 3.3)
-    6. save_checkpoint, load_model   our files, and the released TerDiT and Large-DiT folders
+    1. Config, SIZES                what a model is made of
+    2. ternarize, TernaryLinear     ternary weights, and how gradients get past the rounding  (paper 3.1)
+    3. DiT                          the transformer, with an RMS Norm behind each adaLN       (paper 3.2, figure 3)
+    4. GaussianDiffusion            what it is trained on and how it samples                  (DDPM, DDIM)
+    5. pack_ternary, pack_model     four weights in a byte                                    (paper 3.3)
+    6. save_checkpoint, load_model  our files, and the released TerDiT and Large-DiT folders
 
 Letters in the shape comments: N batch, C channels, H W height and width, T tokens, D width of the model.
 """
 
-import json
 import math
 import os
 import pickle
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -264,7 +263,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, c, freqs_cis):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attention(modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis)
+        x = x + gate_msa.unsqueeze(1) * self.attention(
+            modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis
+        )
         x = x + gate_mlp.unsqueeze(1) * self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp))
         return x
 
@@ -323,7 +324,7 @@ class DiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=cfg.label_std)
         if cfg.pos_embed:
-            nn.init.normal_(self.pos_embed, std=0.2)
+            nn.init.normal_(self.pos_embed, std=0.5)
         for block in self.layers:
             if cfg.adaln_norm:
                 nn.init.zeros_(block.adaLN_modulation[2].weight)
@@ -461,7 +462,12 @@ class GaussianDiffusion:
 
     def q_sample(self, x0, t, noise):
         """Noise x0 (N, C, H, W) to timestep t (N,) in one go (DDPM eq. 4)."""
-        return self._at(self.sqrt_alphas_cumprod, t, x0) * x0 + self._at(self.sqrt_one_minus_alphas_cumprod, t, x0) * noise
+        scale, spread = self._at(self.sqrt_alphas_cumprod, t, x0), self._at(self.sqrt_one_minus_alphas_cumprod, t, x0)
+        return scale * x0 + spread * noise
+
+    def _turn(self, a, t, b):
+        """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b: v from (eps, x0), and, being a rotation, x0 from (x, v)."""
+        return self._at(self.sqrt_alphas_cumprod, t, a) * a - self._at(self.sqrt_one_minus_alphas_cumprod, t, a) * b
 
     def q_posterior(self, x0, x, t):
         """Mean and log variance of q(x_{t-1} | x_t, x_0)."""
@@ -474,16 +480,17 @@ class GaussianDiffusion:
         -> dict of mean, variance, log_variance of p(x_{t-1} | x_t), and pred_xstart. Sigma channels in [-1, 1] blend
         the log variance between the smallest and the largest that make sense (Improved DDPM eq. 15).
         """
-        pred, sigma = model_out.float().split(x.shape[1], dim=1) if model_out.shape[1] != x.shape[1] else (model_out.float(), None)
+        pred, *sigma = model_out.float().split(x.shape[1], dim=1)
         if self.prediction == "v":
-            x0 = self._at(self.sqrt_alphas_cumprod, t, x) * x - self._at(self.sqrt_one_minus_alphas_cumprod, t, x) * pred
+            x0 = self._turn(x, t, pred)
         else:
-            x0 = self._at(self.sqrt_recip_alphas_cumprod, t, x) * x - self._at(self.sqrt_recipm1_alphas_cumprod, t, x) * pred
+            x0 = self._at(self.sqrt_recip_alphas_cumprod, t, x) * x
+            x0 = x0 - self._at(self.sqrt_recipm1_alphas_cumprod, t, x) * pred
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
         mean, log_variance = self.q_posterior(x0, x, t)
-        if sigma is not None:
-            frac = (sigma + 1) / 2
+        if sigma:
+            frac = (sigma[0] + 1) / 2
             log_variance = frac * self._at(np.log(self.betas), t, x) + (1 - frac) * log_variance
         log_variance = log_variance.expand_as(x)
         return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=x0)
@@ -498,9 +505,7 @@ class GaussianDiffusion:
         x = self.q_sample(x0, t, noise)
         out = model(x, torch.from_numpy(self.timestep_map).to(t.device)[t], y).float()
         pred = out[:, : x0.shape[1]]
-        target = noise
-        if self.prediction == "v":
-            target = self._at(self.sqrt_alphas_cumprod, t, x) * noise - self._at(self.sqrt_one_minus_alphas_cumprod, t, x) * x0
+        target = self._turn(noise, t, x0) if self.prediction == "v" else noise
         terms = {"mse": ((target - pred) ** 2).flatten(1).mean(1)}
         terms["loss"] = terms["mse"]
         if out.shape[1] != x0.shape[1]:
@@ -535,7 +540,9 @@ class GaussianDiffusion:
         def step(p, x, t, noise):
             x0 = p["pred_xstart"]
             # eps from x0, so that clipping x0 reaches it.
-            eps = (self._at(self.sqrt_recip_alphas_cumprod, t, x) * x - x0) / self._at(self.sqrt_recipm1_alphas_cumprod, t, x)
+            eps = (self._at(self.sqrt_recip_alphas_cumprod, t, x) * x - x0) / self._at(
+                self.sqrt_recipm1_alphas_cumprod, t, x
+            )
             acp, prev = self._at(self.alphas_cumprod, t, x), self._at(self.alphas_cumprod_prev, t, x)
             sigma = eta * ((1 - prev) / (1 - acp)).sqrt() * (1 - acp / prev).sqrt()
             return x0 * prev.sqrt() + (1 - prev - sigma**2).sqrt() * eps + sigma * noise
@@ -601,12 +608,12 @@ def pack_model(model):
     """
     with torch.device("meta"):
         packed = DiT(model.config, packed=True)
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear):
-            if not bool(module.weight.isfinite().all()):
-                raise ValueError(f"{name}.weight holds values that are not finite: nothing to pack")
-            state[f"{name}.weight"] = pack_ternary(ternarize(module.weight))
+    ternary = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+    state = {}
+    for name, value in model.state_dict().items():
+        if name in ternary and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} holds values that are not finite: nothing to pack")
+        state[name] = pack_ternary(ternarize(value)) if name in ternary else value.clone()
     packed.load_state_dict(state, assign=True)
     return packed.eval().requires_grad_(False)
 
@@ -663,21 +670,30 @@ def _read_released(folder):
     state = read_checkpoint(found[0], "a released model's weights")
     try:
         dim, patch_dim = state["x_embedder.weight"].shape
-        rows, n_layers = len(state["y_embedder.embedding_table.weight"]), 1 + max(int(k.split(".")[1]) for k in state if k[:7] == "layers.")
-        out_dim = len(state["final_layer.linear.weight"])
-        ffn_dim = state["layers.0.feed_forward.w2.weight"].shape[1]
-    except (KeyError, ValueError, TypeError) as e:
-        raise ValueError(f"{found[0]}: not the weights of a TerDiT or Large-DiT ({e} is missing)") from None
-    patch = 2  # every released model's, as its name ends in _patch2
+        n_layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
+        num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        learn_sigma = len(state["final_layer.linear.weight"]) == 2 * patch_dim
+        ffn_dim = state["layers.0.feed_forward.w2.weight"].shape[-1]
+    except (LookupError, ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{found[0]}: not the weights of a TerDiT or Large-DiT ({e})") from None
+    patch_size = 2  # every released model's name ends in _patch2
     config = dict(
-        input_size=getattr(args, "image_size", 256) // 8, patch_size=patch, in_channels=patch_dim // patch**2,
-        dim=dim, n_layers=n_layers, n_heads=32, num_classes=rows - 1, learn_sigma=out_dim == 2 * patch_dim,
-        multiple_of=next((m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-int(8 * dim / 3) // m) * m == ffn_dim), 1),
-        qk_norm="layers.0.attention.q_norm.weight" in state, ternary="layers.0.attention.wq.alphas" in state,
-        adaln_norm="layers.0.adaLN_modulation.2.weight" in state, vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
-        # Upstream numbered the classes in the order of their indices as strings: 0, 1, 10, 100, 101, ... (207 is row 121).
-        class_names=sorted(str(i) for i in range(rows - 1)),
-    )  # fmt: skip
+        input_size=getattr(args, "image_size", 256) // 8,
+        patch_size=patch_size,
+        in_channels=patch_dim // patch_size**2,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=32,
+        multiple_of=next((m for m in (256, 128, 64, 32) if -(-int(8 * dim / 3) // m) * m == ffn_dim), 1),
+        num_classes=num_classes,
+        learn_sigma=learn_sigma,
+        qk_norm="layers.0.attention.q_norm.weight" in state,
+        ternary="layers.0.attention.wq.alphas" in state,
+        adaln_norm="layers.0.adaLN_modulation.2.weight" in state,
+        vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
+        # Upstream numbered the classes by their indices as strings: 0, 1, 10, 100, 101, ... so 207 is row 121.
+        class_names=sorted(str(i) for i in range(num_classes)),
+    )
     return config, state
 
 
@@ -687,30 +703,27 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     dtype is that of the full-precision parts; packed codes stay uint8, alphas fp32. `overrides` replace Config fields:
     a released folder does not say n_heads (32 in all of them). Raises ValueError or FileNotFoundError, naming the file.
     """
-    path = Path(path)
+    path, what = Path(path), f"a checkpoint of this project (format {FORMAT!r})"
     if path.is_dir():
         config, state = _read_released(path)
     else:
-        what = "a checkpoint of this project"
         ckpt = read_checkpoint(path, what)
-        if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT or "model" not in ckpt:
-            kind = "a training state: sample from the packed.pt beside it" if isinstance(ckpt, dict) and "optimizer" in ckpt else "another program's"
-            raise ValueError(f"{path}: not {what} (format {FORMAT!r}), but {kind}")
+        if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+            state = isinstance(ckpt, dict) and "optimizer" in ckpt
+            it_is = "a training state: take the packed.pt beside it" if state else "a foreign file"
+            raise ValueError(f"{path}: not {what}, but {it_is}")
         config, state = ckpt["config"], ckpt["model"]
-    unknown = {**config, **overrides}.keys() - {f.name for f in fields(Config)}
-    if unknown:
-        raise ValueError(f"{path}: unknown Config fields {sorted(unknown)}")
-    config = Config(**{**config, **overrides})
-    packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
-    with torch.device("meta"):
-        model = DiT(config, packed=packed)
-    for name, value in state.items():
-        if packed and value.dtype == torch.uint8:
-            check_packed(value, f"{path}: {name}")
-        elif value.is_floating_point() and not name.endswith("alphas"):
-            state[name] = value.to(dtype)
     try:
+        config = Config(**{**config, **overrides})
+        packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
+        with torch.device("meta"):
+            model = DiT(config, packed=packed)
+        for name, value in state.items():
+            if packed and value.dtype == torch.uint8:
+                check_packed(value, name)
+            elif value.is_floating_point() and not name.endswith("alphas"):
+                state[name] = value.to(dtype)
         model.load_state_dict(state, assign=True)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: tensors do not fit the config: {' '.join(str(e).split())[:300]}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"{path}: damaged, or not {what}: {' '.join(str(e).split())[:300]}") from None
     return model.to(device).eval().requires_grad_(False)

@@ -13,6 +13,7 @@ import colorsys
 import csv
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ from terdit import atomic_save, load_model, pack_model, read_checkpoint, save_ch
 
 # What a size is trained with unless a flag says otherwise. The demo's was tuned for minutes on two cores; the paper's
 # sizes follow the paper: 448M images at 600M, in batches of 256.
-DEMO = dict(batch=32, steps=2400, lr=3e-3, warmup=50, ema=0.995, betas=(0.9, 0.99), image_size=24)
+DEMO = dict(batch=16, steps=4500, lr=4e-3, warmup=50, ema=0.995, betas=(0.9, 0.99), image_size=24)
 PAPER = dict(batch=256, steps=1_750_000, lr=1e-4, warmup=1000, ema=0.9999, betas=(0.9, 0.999), image_size=32)
 STATE = "terdit-state-1"
 
@@ -67,7 +68,9 @@ def digits(n, size=24, seed=0):
     for i in range(n):
         turn, slant, stretch = rng.uniform(-0.12, 0.12), rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.15)
         rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        inverse = rotation @ [[stretch, slant], [0, 1]] * rng.uniform(0.43, 0.53) * 192 / big  # of a pixel to its source
+        inverse = (
+            rotation @ [[stretch, slant], [0, 1]] * rng.uniform(0.43, 0.53) * 192 / big
+        )  # of a pixel to its source
         offset = 96 - inverse @ (big / 2 + rng.uniform(-0.05, 0.05, 2) * big)
         source = glyph(str(labels[i]), int(rng.integers(1, 5)))
         affine = (*inverse[0], offset[0], *inverse[1], offset[1])
@@ -111,7 +114,12 @@ def load_folder(folder, size):
     if not names:
         raise ValueError(f"--data {folder}: expected one subfolder of images a class, found no subfolder")
     endings = Image.registered_extensions()
-    files = [(f, label) for label, name in enumerate(names) for f in sorted((folder / name).rglob("*")) if f.suffix.lower() in endings]
+    files = [
+        (f, label)
+        for label, name in enumerate(names)
+        for f in sorted((folder / name).rglob("*"))
+        if f.suffix.lower() in endings
+    ]
     if not files:
         raise ValueError(f"--data {folder}: its {len(names)} class folders hold no images")
     images, keep = np.empty((len(files), 3, size, size), np.uint8), []
@@ -133,7 +141,10 @@ def load_folder(folder, size):
     if not keep:
         raise ValueError(f"--data {folder}: none of its {len(files)} images can be read")
     labels = torch.tensor([files[i][1] for i in keep])
-    print(f"{len(keep)} images of {len(names)} classes from {folder}" + (f", {len(files) - len(keep)} left out" if len(keep) < len(files) else ""))
+    print(
+        f"{len(keep)} images of {len(names)} classes from {folder}"
+        + (f", {len(files) - len(keep)} left out" if len(keep) < len(files) else "")
+    )
     return torch.from_numpy(images[keep]), labels, names
 
 
@@ -178,12 +189,12 @@ def draw_batch(data, config, args, diffusion, step):
 
 
 def draw_timesteps(n, diffusion, rng):
-    """t (n,). Uniform for eps, as in the paper. For v: logSNR ~ N(-2.5, 2.5), spread evenly over the batch, and one in
+    """t (n,). Uniform for eps, as in the paper. For v: logSNR ~ N(-2, 2.5), spread evenly over the batch, and one in
     twenty uniform. High noise is where a picture's layout is decided, and the bottleneck of a short training."""
     if diffusion.prediction == "eps":
         return torch.randint(1000, (n,), generator=rng)
     u = (torch.arange(n) + torch.rand(n, generator=rng)) / n
-    log_snr = -2.5 + 2.5 * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))
+    log_snr = -2 + 2.5 * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))
     table = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))
     t = 999 - torch.searchsorted(table.flip(0).contiguous(), log_snr).clamp(0, 999)
     anywhere = torch.rand(n, generator=rng) < 0.05
@@ -199,9 +210,9 @@ def parse_args(argv=None):
     p.add_argument("--size", choices=SIZES, help="default tiny")
     p.add_argument("--data", help="folder with a subfolder of images for each class; default: the embedded digits")
     p.add_argument("--image-size", type=positive, help="pixels; default 24 for tiny, else 32")
-    p.add_argument("--batch", type=positive, help="images a step; default 32 for tiny, else 256")
+    p.add_argument("--batch", type=positive, help="images a step; default 16 for tiny, else 256")
     p.add_argument("--steps", type=positive, help=f"default {DEMO['steps']:,} for tiny, else {PAPER['steps']:,}")
-    p.add_argument("--lr", type=float, help="default 3e-3 for tiny, else 1e-4")
+    p.add_argument("--lr", type=float, help="default 4e-3 for tiny, else 1e-4")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="run folder; default runs/SIZE")
     p.add_argument("--init", metavar="CKPT", help="start from a packed.pt, state.pt or released folder (fine-tuning)")
@@ -210,7 +221,13 @@ def parse_args(argv=None):
     p.add_argument("--fresh", action="store_true", help="start over where the run folder holds a state")
     p.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="default 1000")
     p.add_argument("--sample-every", type=positive, metavar="STEPS", help="default: 6 times in a run")
-    p.add_argument("--grid", type=int, metavar="N", help="images in a sample grid, 0 for none; default 4 a class, up to 40; none for large models on a CPU")
+    p.add_argument(
+        "--grid",
+        type=int,
+        metavar="N",
+        help="images in a sample grid, 0 for none; default 4 a class, up to 40; none for large models on a CPU",
+    )
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: faster after half a minute")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["fp32", "bf16"], help="of matmuls; default bf16 where the hardware has it")
     args = p.parse_args(argv)
@@ -234,7 +251,9 @@ def initial_latents(path):
     if Path(path).is_file():
         ckpt = read_checkpoint(path, "a checkpoint or training state of this project")
         if isinstance(ckpt, dict) and ckpt.get("format") == STATE:
-            return Config(**ckpt["config"]), {k.removeprefix("module."): v for k, v in ckpt["ema"].items() if k != "n_averaged"}
+            return Config(**ckpt["config"]), {
+                k.removeprefix("module."): v for k, v in ckpt["ema"].items() if k != "n_averaged"
+            }
     model = load_model(path)
     state = model.state_dict()
     for name, module in model.named_modules():
@@ -263,7 +282,9 @@ def build_model(args, size, channels, class_names):
     with torch.no_grad():
         for name, target in model.state_dict().items():
             if name in state and state[name].shape != target.shape:
-                raise ValueError(f"--init {args.init}: {name} is {tuple(state[name].shape)}, this model's {tuple(target.shape)}")
+                raise ValueError(
+                    f"--init {args.init}: {name} is {tuple(state[name].shape)}, this model's {tuple(target.shape)}"
+                )
             target.copy_(state.get(name, target))
         for module in model.modules():
             if isinstance(module, TernaryLinear) and not config.ternary:
@@ -279,19 +300,19 @@ def make_optimizer(model, lr, betas):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, fused=True)
 
 
-def load_state(path, config, args):
+def load_state(path, config, n_images, args):
     """The training state in `path` if it is this run's, or ValueError that names the field that differs."""
     state = read_checkpoint(path, "a training state of this project")
     if not isinstance(state, dict) or state.get("format") != STATE:
         raise ValueError(f"{path}: not a training state of this project (format {STATE!r})")
-    here = asdict(config) | {k: getattr(args, k) for k in ("batch", "lr", "seed", "data", "init")}
-    there = state["config"] | state["args"]
+    here = asdict(config) | {"images": n_images} | {k: getattr(args, k) for k in ("batch", "lr", "seed")}
+    there = state["config"] | {"images": state["images"]} | state["args"]
     for field in here:
         if here[field] != there.get(field):
             raise ValueError(f"{path} was trained with {field}={there.get(field)!r}, this command says {here[field]!r}: "
                              "use the same, another --out, or --fresh to start over")  # fmt: skip
     if state["args"]["steps"] != args.steps:
-        print(f"note: the run was planned for {state['args']['steps']} steps, now {args.steps}: the learning rate follows the new plan")
+        print(f"note: planned for {state['args']['steps']} steps before, now {args.steps}: the learning rate follows")
     return state
 
 
@@ -304,7 +325,9 @@ class Log:
         rows = []
         if step and path.is_file():
             with open(path, newline="") as file:
-                rows = [r for r in csv.reader(file) if len(r) == len(self.FIELDS) and r[0].isdigit() and int(r[0]) <= step]
+                rows = [
+                    r for r in csv.reader(file) if len(r) == len(self.FIELDS) and r[0].isdigit() and int(r[0]) <= step
+                ]
         self.file = open(path, "w", newline="")
         self.writer = csv.writer(self.file)
         self.writer.writerows([self.FIELDS, *rows])
@@ -348,9 +371,14 @@ def main(argv=None):
     optimizer = make_optimizer(model, args.lr, recipe["betas"])
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe["ema"]))
     n_params = sum(p.numel() for p in model.parameters())
+    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler (g++) for --compile: training without it, slower")
+    elif args.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
     state_file, step = args.out / "state.pt", 0
     if state_file.exists() and not args.fresh:
-        state = load_state(state_file, config, args)
+        state = load_state(state_file, config, len(images), args)
         step = state["step"]
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -370,27 +398,45 @@ def main(argv=None):
     def draw_grid(model, path):
         columns = min(10, config.num_classes, grid)
         y = torch.arange(grid) % min(10, config.num_classes)
-        progress = Progress(grid * 50, "sampling")
-        save_grid(sample_images(model.eval(), y, args.seed, progress=progress), columns, path)
+        save_grid(sample_images(model.eval(), y, args.seed, steps=25, progress=Progress(grid * 25)), columns, path)
 
     def save():
-        keep = {k: v if not isinstance(v, Path) else str(v) for k, v in vars(args).items()}
-        atomic_save({"format": STATE, "step": step, "config": asdict(config), "args": keep, "model": model.state_dict(),
-                     "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, state_file)  # fmt: skip
+        state = dict(
+            format=STATE,
+            step=step,
+            config=asdict(config),
+            args=vars(args) | {"out": str(args.out)},
+            images=len(images),
+            model=model.state_dict(),
+            ema=ema.state_dict(),
+            optimizer=optimizer.state_dict(),
+        )
+        atomic_save(state, state_file)
 
-    stop = []  # set by a signal, looked at once a step
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
+    stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number, frame):
+        stop.append(number)  # looked at once a step
+        signal.signal(number, usual[number])  # a second one stops at once
+
+    for s in usual:
+        signal.signal(s, on_signal)
 
     log = Log(args.out / "log.csv", step)
     sample_every = args.sample_every or max(1, args.steps // 6)
     losses, shown, start, first = [], 0.0, time.time(), step
     while step < args.steps and not stop:
         # The learning rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small.
-        lr = args.lr * min(1, (step + 1) / recipe["warmup"]) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        lr = (
+            args.lr
+            * min(1, (step + 1) / recipe["warmup"])
+            * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x0, t, y, noise = (z.to(args.device, non_blocking=True) for z in draw_batch(data, config, args, diffusion, step))
+        x0, t, y, noise = (
+            z.to(args.device, non_blocking=True) for z in draw_batch(data, config, args, diffusion, step)
+        )
         with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16"):
             loss = diffusion.training_losses(model, x0, t, y, noise)["loss"].mean()
         loss.backward()
@@ -424,13 +470,17 @@ def main(argv=None):
             start += time.time() - before  # not training time
     print()
     save()
+    for s, handler in usual.items():
+        signal.signal(s, handler)
     if stop:
         print(f"stopped at step {step}, saved in {state_file}; the same command goes on from here")
         sys.exit(128 + stop[0])
 
     name = "full.pt" if args.full_precision else "packed.pt"
     save_checkpoint(args.out / name, ema.module if args.full_precision else pack_model(ema.module))
-    print(f"{args.out / name}: {(args.out / name).stat().st_size / 1e6:.2f} MB (in fp32 the weights would take {4 * n_params / 1e6:.2f} MB)")
+    print(
+        f"{args.out / name}: {(args.out / name).stat().st_size / 1e6:.2f} MB (in fp32 the weights would take {4 * n_params / 1e6:.2f} MB)"
+    )
     if grid:
         draw_grid(load_model(args.out / name, args.device), args.out / "grid.png")  # the picture comes from the file
         print(f"{args.out / 'grid.png'}: samples of {name}")

@@ -56,7 +56,10 @@ def main():
             dense, ternary, ratio = compare(config, n, bf16, args.rounds)
             tokens = n * (config.input_size // config.patch_size) ** 2
             dtype = "bf16 autocast" if bf16 else "fp32"
-            print(f"{name:<12} {tokens:>6} {dtype:>14} {dense * 1e3:>9.1f} {ternary * 1e3:>10.1f} {ratio:>6.3f}", flush=True)
+            print(
+                f"{name:<12} {tokens:>6} {dtype:>14} {dense * 1e3:>9.1f} {ternary * 1e3:>10.1f} {ratio:>6.3f}",
+                flush=True,
+            )
             results.append(dict(model=name, tokens=tokens, dtype=dtype, dense_s=dense, ternary_s=ternary, ratio=ratio))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)

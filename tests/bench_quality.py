@@ -100,14 +100,30 @@ def main():
             real, _ = look(judge, *digits(5000, size, 2000))
             features, accuracy = look(judge, *digits(args.n, size, 3000))
             judges[size] = judge, real
-            print(f"real {size}x{size} digits: n={args.n}, accuracy {accuracy:.2%}, FID {fid(features, real):.2f} (real against real)")
+            print(
+                f"real {size}x{size} digits: n={args.n}, accuracy {accuracy:.2%}, FID {fid(features, real):.2f} (real against real)"
+            )
             results.append(dict(ckpt="real", n=args.n, accuracy=accuracy, fid=fid(features, real)))
         judge, real = judges[size]
         y = torch.arange(args.n) % model.config.num_classes
         x = sample_images(model, y, args.seed, **settings)
         features, accuracy = look(judge, x, y)
-        near = nearest(x[:500], digits(12000, size, 0)[0]), nearest(digits(500, size, 4000)[0], digits(12000, size, 0)[0])
-        results.append(dict(ckpt=path, n=args.n, seed=args.seed, accuracy=accuracy, fid=fid(features, real), nearest=near[0], nearest_real=near[1], **settings))
+        near = (
+            nearest(x[:500], digits(12000, size, 0)[0]),
+            nearest(digits(500, size, 4000)[0], digits(12000, size, 0)[0]),
+        )
+        results.append(
+            dict(
+                ckpt=path,
+                n=args.n,
+                seed=args.seed,
+                accuracy=accuracy,
+                fid=fid(features, real),
+                nearest=near[0],
+                nearest_real=near[1],
+                **settings,
+            )
+        )
         print(f"{path}: n={args.n}, seed {args.seed}, accuracy {accuracy:.2%}, FID {results[-1]['fid']:.2f}, "
               f"nearest training image {near[0]:.2f} (held-out digits: {near[1]:.2f})")  # fmt: skip
     if args.json:

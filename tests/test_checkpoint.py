@@ -87,13 +87,17 @@ def damaged(tmp_path):
     case("empty", "not a checkpoint of this project", data=b"")
     case("truncated", "cut short", data=good.read_bytes()[:-3000])
     case("text", "not a checkpoint of this project", data=b"hello, world\n" * 100)
-    case("foreign", "another program's", obj={"state_dict": {"w": torch.zeros(3)}})
-    case("tensor", "another program's", obj=torch.zeros(3))
+    case("foreign", "a foreign file", obj={"state_dict": {"w": torch.zeros(3)}})
+    case("tensor", "a foreign file", obj=torch.zeros(3))
     case("training state", "packed.pt beside it", obj={"format": "terdit-state-1", "optimizer": {}, "model": {}})
     case("code 3", "code 3", obj=edit(model={"layers.0.attention.wq.weight": weight}))
-    case("unknown field", "unknown Config fields \\['colour'\\]", obj=edit(config={"colour": 1}))
-    case("wrong shape", "do not fit the config", obj=edit(config={"num_classes": 7}))
-    case("missing tensor", "do not fit the config", obj=ckpt | {"model": {k: v for k, v in ckpt["model"].items() if "wk" not in k}})
+    case("unknown field", "unexpected keyword argument 'colour'", obj=edit(config={"colour": 1}))
+    case("wrong shape", "size mismatch|Missing key", obj=edit(config={"num_classes": 7}))
+    case(
+        "missing tensor",
+        "size mismatch|Missing key",
+        obj=ckpt | {"model": {k: v for k, v in ckpt["model"].items() if "wk" not in k}},
+    )
     case("bad config", "n_heads=3", obj=edit(config={"n_heads": 3}))
     return cases
 
@@ -102,7 +106,7 @@ def test_damaged_files(tmp_path):
     for name, (path, message) in damaged(tmp_path).items():
         with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
             load_model(path)
-        assert str(path) in str(e.value) or name == "bad config", name
+        assert str(path) in str(e.value), name
         assert "\n" not in str(e.value)
 
 

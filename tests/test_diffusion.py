@@ -11,7 +11,13 @@ class Oracle:
     """A model_fn whose data is one image: it returns exactly the noise (or v) that leads from x to it."""
 
     def __init__(self, diffusion, x0, sigma=None):
-        self.full, self.prediction, self.x0, self.sigma, self.seen = GaussianDiffusion(), diffusion.prediction, x0, sigma, []
+        self.full, self.prediction, self.x0, self.sigma, self.seen = (
+            GaussianDiffusion(),
+            diffusion.prediction,
+            x0,
+            sigma,
+            [],
+        )
 
     def __call__(self, x, t):
         self.seen.append(int(t[0]))

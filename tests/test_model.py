@@ -52,7 +52,12 @@ def test_alphas_start_at_mean_abs():
 
 def test_every_parameter_is_trained():
     """One loss reaches every parameter, whatever the configuration (a frozen one is a silent bug)."""
-    for change in (dict(), dict(qk_norm=True, adaln_norm=False), dict(ternary=False, adaln_norm=False), dict(pos_embed=True)):
+    for change in (
+        dict(),
+        dict(qk_norm=True, adaln_norm=False),
+        dict(ternary=False, adaln_norm=False),
+        dict(pos_embed=True),
+    ):
         model = awake(DiT(Config(**{**SMALL, **change})))
         out = model(torch.randn(4, 3, 8, 8), torch.tensor([0, 9, 500, 999]), torch.tensor([0, 1, 2, 5]))
         (out * torch.randn_like(out)).sum().backward()
