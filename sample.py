@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from terdit import GaussianDiffusion, load_model
+from terdit import GaussianDiffusion, atomic_write, load_model, read_model
 
 IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
 
@@ -55,7 +55,7 @@ def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
     return diffusion.p_sample_loop(model_fn, draw(None), clip_denoised=config.vae is None, noise_fn=draw)
 
 
-def sample_images(model, y, seed=0, cfg=1.5, steps=50, sampler="ddpm", batch=100, decode=None, progress=None):
+def sample_images(model, y, seed=0, cfg=1.5, steps=25, sampler="ddpm", batch=100, decode=None, progress=None):
     """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU."""
     places = list(enumerate(torch.as_tensor(y).tolist()))
     parts = []
@@ -83,18 +83,6 @@ def to_uint8(x):
     return x.expand(-1, -1, -1, 3).contiguous().numpy()
 
 
-def save_beside(path, write):
-    """write(file) into a temporary file, then rename it: nothing half-written is left."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def save_grid(x, columns, path):
     """Images (n, 3, H, W) row by row into one PNG, enlarged to a width that a person can see (at most 1600 pixels)."""
     images = to_uint8(x)
@@ -105,7 +93,7 @@ def save_grid(x, columns, path):
     sheet = Image.fromarray(sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3))
     zoom = max(1, min(96 // w, 1600 // sheet.width))
     sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)
-    save_beside(path, lambda file: sheet.save(file, "PNG"))
+    atomic_write(path, lambda file: sheet.save(file, "PNG"))
 
 
 class Progress:
@@ -151,21 +139,20 @@ def pick_classes(wanted, config):
 
 def report(path, model, device, seconds, n, steps):
     """What the paper's efficiency table (table 2) reports."""
-    path = Path(path)
-    on_disk = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("consolidated*")))
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
-    codes, rest = size(model.buffers()), size(model.parameters())
+    tensors = read_model(path)[1].values()
+    codes, rest = size(t for t in tensors if t.dtype == torch.uint8), size(t for t in tensors if t.dtype != torch.uint8)
+    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("consolidated*"))[-1:]
+    on_disk = sum(f.stat().st_size for f in files)
     if device == "cuda":
         peak, where = torch.cuda.max_memory_allocated(), "GPU memory"
     else:
-        peak, where = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-            "resident memory",
-        )
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory"
     mb = lambda b: f"{b / 1e6:,.2f} MB"
     print(f"checkpoint {mb(on_disk)} on disk: 2-bit codes {mb(codes)}, full-precision rest {mb(rest)}, "
           f"container {mb(on_disk - codes - rest)}")  # fmt: skip
-    print(f"weights in memory {mb(codes + rest)}; peak {where} {mb(peak)}")
+    print(f"weights in memory {mb(size([*model.buffers(), *model.parameters()]))}; peak {where} {mb(peak)}")
     print(f"{n} images in {seconds:.1f} s: {seconds / n:.3f} s an image, {steps} steps")
 
 
@@ -175,13 +162,21 @@ def positive(text):
     return int(text)
 
 
+def check_common(parser, args):
+    """What train.py and sample.py both refuse."""
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: got {args.seed}, expected 0 or more (and below 2^63)")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: got cuda, but torch finds no GPU here")
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", required=True, help="packed.pt, or a released TerDiT or Large-DiT folder")
     p.add_argument("--classes", nargs="+", help="names or indices; all classes by default (eight of more than ten)")
     p.add_argument("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
     p.add_argument("--cfg", type=float, default=1.5, help="guidance scale; 1 is none (default 1.5)")
-    p.add_argument("--steps", type=positive, default=50, help="denoising steps of 1000 (default 50; the paper's 250)")
+    p.add_argument("--steps", type=positive, help="denoising steps; default 25, of a latent model the paper's 250")
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
@@ -194,14 +189,15 @@ def parse_args(argv=None):
     p.add_argument("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
     p.add_argument("--n-heads", type=positive, help="for released folders whose model has not 32 heads")
     args = p.parse_args(argv)
-    if args.steps > 1000:
+    if args.steps and args.steps > 1000:
         p.error(f"argument --steps: got {args.steps}, expected at most 1000")
-    if args.seed < 0:
-        p.error(f"argument --seed: got {args.seed}, expected 0 or more")
+    check_common(p, args)
     if args.npz and args.n:
         p.error("--npz N says how many images: leave out --n")
     args.out = args.out or ("samples.npz" if args.npz else "grid.png")
     parent = Path(args.out).absolute().parent
+    if Path(args.out).is_dir():
+        p.error(f"argument --out: {args.out} is a folder, expected a file")
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         p.error(f"argument --out: {parent} is not a folder that can be written to")
     return args
@@ -213,12 +209,16 @@ def main(argv=None):
     overrides = {k: v for k, v in (("vae", args.vae), ("n_heads", args.n_heads)) if v is not None}
     model = load_model(args.ckpt, args.device, dtype, **overrides)
     config = model.config
-    classes = pick_classes(args.classes, config)
+    if args.npz and not args.classes:
+        classes = list(range(config.num_classes))
+    else:
+        classes = pick_classes(args.classes, config)
     if Path(args.ckpt).is_dir():
         name, row = config.class_names[classes[0]], classes[0]
         print(f"released checkpoint: classes are ImageNet's indices, which it orders as strings ({name} is row {row})")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
+    args.steps = args.steps or (250 if config.vae else 25)
     n = args.npz or args.n or 4 * len(classes)
     y = torch.tensor([classes[i % len(classes)] for i in range(n)])
     start = time.time()
@@ -228,7 +228,7 @@ def main(argv=None):
     if not images.isfinite().all():
         raise ValueError(f"{args.ckpt}: the samples are not finite; is the checkpoint damaged?")
     if args.npz:
-        save_beside(args.out, lambda file: np.savez(file, to_uint8(images), y.numpy()))
+        atomic_write(args.out, lambda file: np.savez(file, to_uint8(images), y.numpy()))
     else:
         save_grid(images, min(len(classes), n), args.out)
     report(args.ckpt, model, args.device, seconds, n, args.steps)
@@ -239,8 +239,10 @@ def run(main):
     """main() with one line instead of a traceback for what a user can mend; exit code 1 (argparse's own is 2)."""
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        sys.exit(f"error: out of memory, try a smaller batch ({str(e).splitlines()[0] if str(e) else 'no details'})")
     except KeyboardInterrupt:
         sys.exit("stopped")
 

@@ -14,7 +14,6 @@ Letters in the shape comments: N batch, C channels, H W height and width, T toke
 
 import math
 import os
-import pickle
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -57,6 +56,18 @@ class Config:
     latent_scale: float = 0.18215  # latents are multiplied by it to have a variance of about 1 (SD VAE)
 
     def __post_init__(self):
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "multiple_of",
+            "num_classes",
+        ):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected a whole number above 0")
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} heads of even width")
         if self.input_size % self.patch_size:
@@ -148,12 +159,15 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.alphas = nn.Parameter(torch.empty(1))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.xavier_uniform_(self.weight)
+        with torch.no_grad():
+            self.alphas.copy_(self.weight.abs().mean())
 
     def forward(self, x):
         # The plain form is F.linear(x, ternarize(self.weight) * self.alphas, self.bias).
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.weight.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         return F.linear(x, _TernaryWeight.apply(self.weight, self.alphas, dtype), self.bias)
 
 
@@ -163,6 +177,13 @@ class TernaryLinear(nn.Module):
 
 def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)  # (N, T, D), (N, D), (N, D)
+
+
+class RMSNorm(nn.RMSNorm):
+    """In its own dtype: autocast hands it bf16, but what it normalizes steers whole layers."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
 
 
 def timestep_embedding(t, dim=256, max_period=10000):
@@ -255,11 +276,11 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(cfg, linear)
         self.feed_forward = FeedForward(cfg, linear)
-        self.attention_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
-        self.ffn_norm = nn.RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
+        self.ffn_norm = RMSNorm(cfg.dim, eps=cfg.norm_eps)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(cfg.cond_dim, 6 * cfg.dim, bias=True))
         if cfg.adaln_norm:
-            self.adaLN_modulation.append(nn.RMSNorm(6 * cfg.dim, eps=cfg.norm_eps))
+            self.adaLN_modulation.append(RMSNorm(6 * cfg.dim, eps=cfg.norm_eps))
 
     def forward(self, x, c, freqs_cis):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -316,7 +337,7 @@ class DiT(nn.Module):
         """
         cfg = self.config
         for module in self.modules():
-            if isinstance(module, (nn.Linear, TernaryLinear)):
+            if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -332,10 +353,6 @@ class DiT(nn.Module):
                 nn.init.zeros_(block.adaLN_modulation[1].weight)
         for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(linear.weight)
-        for module in self.modules():
-            if isinstance(module, TernaryLinear):
-                with torch.no_grad():
-                    module.alphas.copy_(module.weight.abs().mean())
 
     def patchify(self, x):
         p = self.config.patch_size
@@ -355,7 +372,8 @@ class DiT(nn.Module):
         -> (N, 2C, H, W): prediction, then the sigma channels; (N, C, H, W) if not learn_sigma.
         """
         height = x.shape[2]
-        h = self.x_embedder(self.patchify(x).to(self.x_embedder.weight.dtype))  # (N, T, D)
+        dtype = self.x_embedder.weight.dtype  # of the residual stream, under autocast too
+        h = self.x_embedder(self.patchify(x).to(dtype)).to(dtype)  # (N, T, D)
         if self.pos_embed is not None:
             h = h + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, cond_dim)
@@ -466,7 +484,7 @@ class GaussianDiffusion:
         return scale * x0 + spread * noise
 
     def _turn(self, a, t, b):
-        """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b: v from (eps, x0), and, being a rotation, x0 from (x, v)."""
+        """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b: v of (eps, x0), and, as a rotation, x0 of (x, v)."""
         return self._at(self.sqrt_alphas_cumprod, t, a) * a - self._at(self.sqrt_one_minus_alphas_cumprod, t, a) * b
 
     def q_posterior(self, x0, x, t):
@@ -593,8 +611,8 @@ class PackedTernaryLinear(nn.Module):
         if out_features % 4:
             raise ValueError(f"out_features={out_features} must be a multiple of 4 to be packed")
         self.register_buffer("weight", torch.zeros(out_features // 4, in_features, dtype=torch.uint8))
-        self.alphas = nn.Parameter(torch.empty(1))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.alphas = nn.Parameter(torch.ones(1))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x):
         return F.linear(x, unpack_ternary(self.weight).to(x.dtype) * self.alphas.to(x.dtype), self.bias)
@@ -624,13 +642,18 @@ def pack_model(model):
 FORMAT = "terdit-1"
 
 
-def atomic_save(obj, path):
-    """torch.save beside `path`, then rename: a crash or a full disk leaves the old file whole."""
+def atomic_write(path, write):
+    """write(file) into a file beside `path`, then rename it: a crash or a full disk leaves the old file whole."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
-        torch.save(obj, beside)
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
+    except RuntimeError as e:  # what torch.save makes of a full disk
+        raise OSError(f"{path}: cannot be written ({str(e).strip().splitlines()[0]})") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -643,7 +666,8 @@ def save_checkpoint(path, model):
         # Views of one storage a dtype: torch.save then writes 2 records instead of one a tensor, 300 bytes less each.
         parts = torch.cat([state[k].flatten().cpu() for k in names]).split([state[k].numel() for k in names])
         flat |= {k: part.view(state[k].shape) for k, part in zip(names, parts)}
-    atomic_save({"format": FORMAT, "config": asdict(model.config), "model": {k: flat[k] for k in state}}, path)
+    ckpt = {"format": FORMAT, "config": asdict(model.config), "model": {k: flat[k] for k in state}}
+    atomic_write(path, lambda file: torch.save(ckpt, file))
 
 
 def read_checkpoint(path, expected):
@@ -652,7 +676,7 @@ def read_checkpoint(path, expected):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; expected {expected}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as e:
+    except Exception as e:  # a damaged pickle raises almost anything
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise ValueError(f"{path}: not {expected}, or cut short ({reason})") from None
 
@@ -669,6 +693,7 @@ def _read_released(folder):
         args = read_checkpoint(folder / "model_args.pth", "a released model's arguments")
     state = read_checkpoint(found[0], "a released model's weights")
     try:
+        image_size, vae = int(getattr(args, "image_size", 256)), getattr(args, "vae", "ema")
         dim, patch_dim = state["x_embedder.weight"].shape
         n_layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
@@ -678,7 +703,7 @@ def _read_released(folder):
         raise ValueError(f"{found[0]}: not the weights of a TerDiT or Large-DiT ({e})") from None
     patch_size = 2  # every released model's name ends in _patch2
     config = dict(
-        input_size=getattr(args, "image_size", 256) // 8,
+        input_size=image_size // 8,
         patch_size=patch_size,
         in_channels=patch_dim // patch_size**2,
         dim=dim,
@@ -690,40 +715,52 @@ def _read_released(folder):
         qk_norm="layers.0.attention.q_norm.weight" in state,
         ternary="layers.0.attention.wq.alphas" in state,
         adaln_norm="layers.0.adaLN_modulation.2.weight" in state,
-        vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
+        vae=f"stabilityai/sd-vae-ft-{vae}",
         # Upstream numbered the classes by their indices as strings: 0, 1, 10, 100, 101, ... so 207 is row 121.
         class_names=sorted(str(i) for i in range(num_classes)),
     )
     return config, state
 
 
+def read_model(path):
+    """A file of save_checkpoint or a released folder -> Config fields, state dict (on the CPU, mapped, not copied)."""
+    path, what = Path(path), f"a checkpoint of this project (format {FORMAT!r})"
+    if path.is_dir():
+        return _read_released(path)
+    ckpt = read_checkpoint(path, what)
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+        state = isinstance(ckpt, dict) and "optimizer" in ckpt
+        it_is = "a training state: take the packed.pt beside it" if state else "a foreign file"
+        raise ValueError(f"{path}: not {what}, but {it_is}")
+    if not (isinstance(ckpt.get("config"), dict) and isinstance(ckpt.get("model"), dict)):
+        raise ValueError(f"{path}: damaged: {what} holds a config and a model")
+    return ckpt["config"], ckpt["model"]
+
+
 def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     """Load a DiT for inference, with its `.config`: a file of save_checkpoint, or a released folder.
 
-    dtype is that of the full-precision parts; packed codes stay uint8, alphas fp32. `overrides` replace Config fields:
-    a released folder does not say n_heads (32 in all of them). Raises ValueError or FileNotFoundError, naming the file.
+    dtype is that of the full-precision parts; packed codes stay uint8, alphas and ternary latents fp32. `overrides`
+    replace Config fields: a released folder does not say n_heads (32 in all of them). Raises ValueError or
+    FileNotFoundError, naming the file.
     """
-    path, what = Path(path), f"a checkpoint of this project (format {FORMAT!r})"
-    if path.is_dir():
-        config, state = _read_released(path)
-    else:
-        ckpt = read_checkpoint(path, what)
-        if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
-            state = isinstance(ckpt, dict) and "optimizer" in ckpt
-            it_is = "a training state: take the packed.pt beside it" if state else "a foreign file"
-            raise ValueError(f"{path}: not {what}, but {it_is}")
-        config, state = ckpt["config"], ckpt["model"]
+    config, state = read_model(path)
     try:
         config = Config(**{**config, **overrides})
         packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
         with torch.device("meta"):
             model = DiT(config, packed=packed)
+        ternary = {
+            f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (TernaryLinear, PackedTernaryLinear))
+        }
         for name, value in state.items():
-            if packed and value.dtype == torch.uint8:
+            if packed and name in ternary:
                 check_packed(value, name)
-            elif value.is_floating_point() and not name.endswith("alphas"):
+            elif not value.is_floating_point():
+                raise ValueError(f"{name} is {value.dtype}, expected floating point")
+            elif name not in ternary and not name.endswith("alphas"):  # rounded latents would round to other codes
                 state[name] = value.to(dtype)
         model.load_state_dict(state, assign=True)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"{path}: damaged, or not {what}: {' '.join(str(e).split())[:300]}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f"{path}: damaged, or its config is wrong: {' '.join(str(e).split())[:300]}") from None
     return model.to(device).eval().requires_grad_(False)

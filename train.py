@@ -4,8 +4,8 @@
     python train.py --data DIR --image-size 64     your images, one subfolder a class
     python train.py --size 600M --data DIR         the paper's model
 
-The same command resumes a run that was stopped. Everything random is a function of --seed and the step, so a resumed run
-equals an uninterrupted one, on a CPU bit for bit.
+The same command resumes a run that was stopped. Everything random is a function of --seed and the step, so a resumed
+run equals an uninterrupted one, on a CPU bit for bit.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import colorsys
 import csv
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -28,9 +27,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sample import Progress, positive, run, sample_images, save_grid
-from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
-from terdit import atomic_save, load_model, pack_model, read_checkpoint, save_checkpoint, unpack_ternary
+from sample import Progress, check_common, positive, run, sample_images, save_grid
+from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear
+from terdit import atomic_write, load_model, pack_model, read_checkpoint, save_checkpoint, unpack_ternary
 
 # What a size is trained with unless a flag says otherwise. The demo's was tuned for minutes on two cores; the paper's
 # sizes follow the paper: 448M images at 600M, in batches of 256.
@@ -91,8 +90,9 @@ def load_image(path, size):
         if image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))  # decode no larger than needed
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 bits a pixel; convert("RGB") would clip it to white
-            image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip to white
+            deep = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((deep // (257 if deep.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.reduce(2)
@@ -127,25 +127,23 @@ def load_folder(folder, size):
 
     def read(i):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-                images[i] = load_image(files[i][0], size)
+            images[i] = load_image(files[i][0], size)
             return None
         except Exception as e:  # Pillow's decoders raise whatever they like on damaged files
             return f"{files[i][0]}: left out, cannot be read ({type(e).__name__}: {e})"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
         for i, problem in enumerate(pool.map(read, range(len(files)))):
             progress(1)
             keep.append(i) if problem is None else print(problem, file=sys.stderr)
     if not keep:
         raise ValueError(f"--data {folder}: none of its {len(files)} images can be read")
     labels = torch.tensor([files[i][1] for i in keep])
-    print(
-        f"{len(keep)} images of {len(names)} classes from {folder}"
-        + (f", {len(files) - len(keep)} left out" if len(keep) < len(files) else "")
-    )
-    return torch.from_numpy(images[keep]), labels, names
+    for label in sorted(set(range(len(names))) - set(labels.tolist())):
+        print(f"class {names[label]!r} has no image that can be read: it will not be learned", file=sys.stderr)
+    print(f"{len(keep)} images of {len(names)} classes from {folder}, {len(files) - len(keep)} left out")
+    return torch.from_numpy(images if len(keep) == len(files) else images[keep]), labels, names
 
 
 def load_data(args, size):
@@ -211,6 +209,9 @@ def parse_args(argv=None):
     p.add_argument("--data", help="folder with a subfolder of images for each class; default: the embedded digits")
     p.add_argument("--image-size", type=positive, help="pixels; default 24 for tiny, else 32")
     p.add_argument("--batch", type=positive, help="images a step; default 16 for tiny, else 256")
+    p.add_argument(
+        "--micro-batch", type=positive, help="images at a time within a step; default all, 32 at 600M and up"
+    )
     p.add_argument("--steps", type=positive, help=f"default {DEMO['steps']:,} for tiny, else {PAPER['steps']:,}")
     p.add_argument("--lr", type=float, help="default 4e-3 for tiny, else 1e-4")
     p.add_argument("--seed", type=int, default=0)
@@ -233,8 +234,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.lr is not None and not args.lr > 0:
         p.error(f"argument --lr: got {args.lr}, expected a number above 0")
-    if args.seed < 0:
-        p.error(f"argument --seed: got {args.seed}, expected 0 or more")
+    check_common(p, args)
     if args.grid is not None and args.grid < 0:
         p.error(f"argument --grid: got {args.grid}, expected 0 or more")
     return args
@@ -242,53 +242,51 @@ def parse_args(argv=None):
 
 def bf16_is_fast(device):
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
-def initial_latents(path):
-    """The model that --init names, with full-precision weights: Config, state dict."""
+def can_compile(device):
+    """Try torch.compile on something small: it needs a C++ compiler and Python's headers, or Triton on a GPU."""
+    try:
+        torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(1024, device=device))
+        return True
+    except Exception as e:
+        print(f"--compile does not work here ({str(e).strip().splitlines()[0][:100]}): training without it, slower")
+        return False
+
+
+def read_init(path):
+    """What --init names -> its Config, and its state dict with full-precision weights."""
     if Path(path).is_file():
         ckpt = read_checkpoint(path, "a checkpoint or training state of this project")
         if isinstance(ckpt, dict) and ckpt.get("format") == STATE:
-            return Config(**ckpt["config"]), {
-                k.removeprefix("module."): v for k, v in ckpt["ema"].items() if k != "n_averaged"
-            }
+            return Config(**ckpt["config"]), ckpt["ema"]
     model = load_model(path)
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, PackedTernaryLinear):
             # Latents at +-|alpha| and 0 round back to the same codes.
-            state[f"{name}.weight"] = unpack_ternary(module.weight) * module.alphas.abs().clamp(min=1e-6)
+            state[f"{name}.weight"] = unpack_ternary(module.weight) * module.alphas.abs()
     return model.config, state
 
 
-def build_model(args, size, channels, class_names):
-    """-> DiT to train. With --init: that model's weights, and a new label table when the classes differ."""
-    ours = dict(num_classes=len(class_names), class_names=class_names, input_size=size,
-                ternary=not args.full_precision, adaln_norm=not (args.full_precision or args.no_adaln_norm))  # fmt: skip
-    if not args.init:
-        base = SIZES[args.size]
-        patch = base.get("patch_size", Config.patch_size)
-        return DiT(Config(**{**base, **ours, "in_channels": channels, "patch_size": patch}))
-    config, state = initial_latents(args.init)
-    if config.in_channels != channels:
-        raise ValueError(f"--init {args.init} works on {config.in_channels} channels"
-                         f"{f' (latents of {config.vae})' if config.vae else ''}, the images have {channels}")  # fmt: skip
-    model = DiT(replace(config, **ours))
-    if config.class_names != class_names:
-        del state["y_embedder.embedding_table.weight"]
-        print(f"new label table: {args.init} has {config.num_classes} classes, {len(class_names)} here")
-    with torch.no_grad():
-        for name, target in model.state_dict().items():
-            if name in state and state[name].shape != target.shape:
-                raise ValueError(
-                    f"--init {args.init}: {name} is {tuple(state[name].shape)}, this model's {tuple(target.shape)}"
-                )
-            target.copy_(state.get(name, target))
-        for module in model.modules():
-            if isinstance(module, TernaryLinear) and not config.ternary:
-                module.alphas.copy_(module.weight.abs().mean())  # from full precision: the quantizer's own scale
+def build_model(args, config, state=None):
+    """-> DiT to train: fresh, or with the weights `state` of --init, whose missing label table is made anew."""
+    model = DiT(config)
+    if state is None:
+        return model
+    ours = model.state_dict()
+    for name in ours.keys() | state.keys():
+        if name == "y_embedder.embedding_table.weight" and name not in state:
+            continue
+        if name.endswith("alphas") and name not in state:  # from full precision: alpha starts at the quantizer's scale
+            ours[name].copy_(state[name.replace("alphas", "weight")].abs().mean())
+        elif name not in ours or name not in state or ours[name].shape != state[name].shape:
+            shapes = [tuple(d[name].shape) if name in d else "none" for d in (state, ours)]
+            raise ValueError(f"--init {args.init} does not fit: its {name} is {shapes[0]}, this model's {shapes[1]}")
+        else:
+            ours[name].copy_(state[name])
     return model
 
 
@@ -305,12 +303,19 @@ def load_state(path, config, n_images, args):
     state = read_checkpoint(path, "a training state of this project")
     if not isinstance(state, dict) or state.get("format") != STATE:
         raise ValueError(f"{path}: not a training state of this project (format {STATE!r})")
-    here = asdict(config) | {"images": n_images} | {k: getattr(args, k) for k in ("batch", "lr", "seed")}
-    there = state["config"] | {"images": state["images"]} | state["args"]
+    names = ("batch", "lr", "seed", "init", "dtype")
+    try:
+        here = asdict(config) | {"images": n_images} | {k: getattr(args, k) for k in names}
+        there = state["config"] | {"images": state["images"]} | {k: state["args"][k] for k in (*names, "steps")}
+        step = state["step"]
+    except (LookupError, TypeError) as e:
+        raise ValueError(f"{path}: damaged: {e} is missing; --fresh starts over") from None
     for field in here:
         if here[field] != there.get(field):
-            raise ValueError(f"{path} was trained with {field}={there.get(field)!r}, this command says {here[field]!r}: "
-                             "use the same, another --out, or --fresh to start over")  # fmt: skip
+            difference = f"{field}={there.get(field)!r}, this command says {here[field]!r}"
+            raise ValueError(f"{path} was trained with {difference}: use the same, another --out, or --fresh")
+    if step > args.steps:
+        raise ValueError(f"{path} is at step {step} already, --steps says {args.steps}")
     if state["args"]["steps"] != args.steps:
         print(f"note: planned for {state['args']['steps']} steps before, now {args.steps}: the learning rate follows")
     return state
@@ -346,47 +351,64 @@ def main(argv=None):
     args = parse_args(argv)
     if args.init and args.size:
         raise ValueError("--init takes its size from the checkpoint: leave out --size")
-    args.size = args.size or "tiny"
-    args.out = Path(args.out or f"runs/{args.size}")
-    recipe = DEMO if args.size == "tiny" else PAPER
-    for name in ("batch", "steps", "lr"):
+    base, init_state = read_init(args.init) if args.init else (Config(**SIZES[args.size or "tiny"]), None)
+    if base.vae:
+        raise ValueError(f"--init {args.init} works on 4 channels, latents of {base.vae}; images here have 3")
+    recipe = DEMO if base.prediction == "v" else PAPER
+    for name in ("batch", "steps", "lr", "image_size"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
+    if args.image_size % base.patch_size:
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of the patch size {base.patch_size}")
+    args.dtype = args.dtype or ("bf16" if bf16_is_fast(args.device) else "fp32")
+    args.out = Path(args.out or ("runs/fine-tuned" if args.init else f"runs/{args.size or 'tiny'}"))
     args.out.mkdir(parents=True, exist_ok=True)
     if not os.access(args.out, os.W_OK):
         raise PermissionError(f"--out {args.out}: not writable")
     torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True
 
     # Data, model, optimizer, EMA, and the state of an earlier run if there is one
-    size = args.image_size or recipe["image_size"]
-    patch = SIZES[args.size].get("patch_size", Config.patch_size)
-    if size % patch:
-        raise ValueError(f"--image-size {size} is not a multiple of the patch size {patch} of --size {args.size}")
-    data = load_data(args, size)
+    data = load_data(args, args.image_size)
     images, _, class_names, _ = data
-    model = build_model(args, size, images.shape[1], class_names).to(args.device)
-    config = model.config
+    config = replace(
+        base,
+        input_size=args.image_size,
+        in_channels=images.shape[1],
+        num_classes=len(class_names),
+        class_names=class_names,
+        ternary=not args.full_precision,
+        # Large-DiT has no norm there; a model that is fine-tuned keeps what it has.
+        adaln_norm=base.adaln_norm and not args.no_adaln_norm and (not args.full_precision or bool(args.init)),
+    )
+    if args.init and base.class_names != class_names:
+        init_state = {k: v for k, v in init_state.items() if not k.startswith("y_embedder.")}
+        print(f"new label table: {args.init} has {base.num_classes} classes, here are {len(class_names)}")
+    model = build_model(args, config, init_state).to(args.device)
     diffusion = GaussianDiffusion(prediction=config.prediction)
     optimizer = make_optimizer(model, args.lr, recipe["betas"])
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe["ema"]))
     n_params = sum(p.numel() for p in model.parameters())
-    if args.compile and args.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler (g++) for --compile: training without it, slower")
-    elif args.compile:
+    if args.compile and can_compile(args.device):
         for layer in model.layers:
             layer.compile(dynamic=False)
     state_file, step = args.out / "state.pt", 0
-    if state_file.exists() and not args.fresh:
+    if args.fresh:
+        state_file.unlink(missing_ok=True)
+    if state_file.exists():
         state = load_state(state_file, config, len(images), args)
-        step = state["step"]
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["model"])
+            ema.module.load_state_dict(state["ema"])
+            ema.n_averaged.copy_(state["n_averaged"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as e:
+            raise ValueError(f"{state_file}: damaged: {' '.join(str(e).split())[:200]}; --fresh starts over") from None
         del state
-    dtype = args.dtype or ("bf16" if bf16_is_fast(args.device) else "fp32")
-    print(f"{args.size}{' full precision' if args.full_precision else ''}: {n_params / 1e6:.2f}M parameters, {len(images)} images of {size}x{size}, "
-          f"steps {step}-{args.steps} of {args.batch}, {args.device} {dtype}, in {args.out}")  # fmt: skip
+    micro = args.micro_batch or (32 if n_params > 200e6 else args.batch)
+    print(f"{n_params / 1e6:.2f}M parameters{' in full precision' * args.full_precision}, {len(images)} images of "
+          f"{args.image_size}x{args.image_size}, steps {step}-{args.steps} of {args.batch} images, "
+          f"{args.device} {args.dtype}, in {args.out}")  # fmt: skip
 
     grid = args.grid
     if grid is None:
@@ -398,7 +420,7 @@ def main(argv=None):
     def draw_grid(model, path):
         columns = min(10, config.num_classes, grid)
         y = torch.arange(grid) % min(10, config.num_classes)
-        save_grid(sample_images(model.eval(), y, args.seed, steps=25, progress=Progress(grid * 25)), columns, path)
+        save_grid(sample_images(model.eval(), y, args.seed, progress=Progress(grid * 25)), columns, path)
 
     def save():
         state = dict(
@@ -408,10 +430,11 @@ def main(argv=None):
             args=vars(args) | {"out": str(args.out)},
             images=len(images),
             model=model.state_dict(),
-            ema=ema.state_dict(),
+            ema=ema.module.state_dict(),
+            n_averaged=ema.n_averaged,
             optimizer=optimizer.state_dict(),
         )
-        atomic_save(state, state_file)
+        atomic_write(state_file, lambda file: torch.save(state, file))
 
     stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -427,39 +450,38 @@ def main(argv=None):
     losses, shown, start, first = [], 0.0, time.time(), step
     while step < args.steps and not stop:
         # The learning rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small.
-        lr = (
-            args.lr
-            * min(1, (step + 1) / recipe["warmup"])
-            * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        )
+        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        lr = args.lr * min(1, (step + 1) / recipe["warmup"]) * decay
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x0, t, y, noise = (
-            z.to(args.device, non_blocking=True) for z in draw_batch(data, config, args, diffusion, step)
-        )
-        with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = diffusion.training_losses(model, x0, t, y, noise)["loss"].mean()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
-            raise ValueError(f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}: stopped. "
-                             f"{f'{state_file} holds the last good state' if state_file.exists() else 'Nothing was saved yet'}; try a lower --lr")  # fmt: skip
+        # Gradients add up over micro-batches, which bounds the memory of activations.
+        loss = 0.0
+        for parts in zip(*(z.split(micro) for z in draw_batch(data, config, args, diffusion, step))):
+            x0, t, y, noise = (z.to(args.device) for z in parts)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
+                part = diffusion.training_losses(model, x0, t, y, noise)["loss"].sum() / args.batch
+            part.backward()
+            loss += part.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            kept = f"{state_file} holds the last good state" if state_file.exists() else "nothing was saved yet"
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}: stopped; {kept}. Try a lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(model)
         step += 1
-        losses.append(loss.item())
+        losses.append(loss)
 
         now = time.time()
         rate = (step - first) / (now - start)  # steps a second
         if step % 10 == 0 or step == args.steps:
-            log(step, sum(losses) / len(losses), grad_norm.item(), lr, rate * args.batch)
+            log(step, sum(losses) / len(losses), grad_norm, lr, rate * args.batch)
         live = sys.stdout.isatty()
         if now - shown > (0.5 if live else 15) or step == args.steps:
             shown = now
-            mean = sum(losses[-20:]) / len(losses[-20:])
-            print(f"{chr(13) * live}step {step}/{args.steps}  loss {mean:.4f}  grad {grad_norm.item():.2f}  lr {lr:.1e}  {rate * args.batch:.1f} images/s  "
-                  f"ETA {clock((args.steps - step) / rate)}   ", end="" if live else "\n", flush=True)  # fmt: skip
+            mean, left = sum(losses) / len(losses), clock((args.steps - step) / rate)
+            print(f"{chr(13) * live}step {step}/{args.steps}  loss {mean:.4f}  grad {grad_norm:.2f}  lr {lr:.1e}  "
+                  f"{rate * args.batch:.1f} images/s  ETA {left}   ", end="" if live else "\n", flush=True)  # fmt: skip
         if step % 10 == 0:
             losses.clear()
         if step % args.save_every == 0 and step < args.steps:
@@ -473,14 +495,15 @@ def main(argv=None):
     for s, handler in usual.items():
         signal.signal(s, handler)
     if stop:
-        print(f"stopped at step {step}, saved in {state_file}; the same command goes on from here")
+        print(
+            f"stopped at step {step}, saved in {state_file}; the same command{' without --fresh' * args.fresh} goes on from here"
+        )
         sys.exit(128 + stop[0])
 
     name = "full.pt" if args.full_precision else "packed.pt"
     save_checkpoint(args.out / name, ema.module if args.full_precision else pack_model(ema.module))
-    print(
-        f"{args.out / name}: {(args.out / name).stat().st_size / 1e6:.2f} MB (in fp32 the weights would take {4 * n_params / 1e6:.2f} MB)"
-    )
+    on_disk, dense = (args.out / name).stat().st_size / 1e6, 4 * n_params / 1e6
+    print(f"{args.out / name}: {on_disk:.2f} MB; in fp32 the weights would take {dense:.2f} MB")
     if grid:
         draw_grid(load_model(args.out / name, args.device), args.out / "grid.png")  # the picture comes from the file
         print(f"{args.out / 'grid.png'}: samples of {name}")

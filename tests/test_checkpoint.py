@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,9 +45,18 @@ def test_bf16_loads_and_is_close():
     args = torch.randn(2, 4, 8, 8), torch.tensor([1, 999]), torch.tensor([0, 5])
     want = load_model(FOLDERS["terdit"], n_heads=4)(*args)
     model = load_model(FOLDERS["terdit"], dtype=torch.bfloat16, n_heads=4)
-    assert model.layers[0].attention.wq.alphas.dtype == torch.float32  # rounding the scale would be a bias
+    assert model.layers[0].attention.wq.alphas.dtype == torch.float32
     assert model.final_layer.linear.weight.dtype == torch.bfloat16
     assert (model(*args).float() - want).std() < 0.05 * want.std()
+
+
+def test_bf16_keeps_the_codes_of_latents(tmp_path):
+    model = awake(DiT(Config(**SMALL)))
+    save_checkpoint(tmp_path / "m.pt", model)
+    loaded = load_model(tmp_path / "m.pt", dtype=torch.bfloat16)
+    for name, packed in pack_model(model).named_buffers():
+        assert torch.equal(pack_model(loaded).get_buffer(name), packed)
+    assert loaded(torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.tensor([0])).dtype == torch.bfloat16
 
 
 def test_packed_tiny_file_is_its_weights(tmp_path):
@@ -98,6 +106,9 @@ def damaged(tmp_path):
         "size mismatch|Missing key",
         obj=ckpt | {"model": {k: v for k, v in ckpt["model"].items() if "wk" not in k}},
     )
+    case("format alone", "holds a config and a model", obj={"format": terdit.FORMAT})
+    case("zero", "patch_size=0", obj=edit(config={"patch_size": 0}))
+    case("float codes", "uint8, got", obj=edit(model={"layers.1.attention.wk.weight": weight.float()}))
     case("bad config", "n_heads=3", obj=edit(config={"n_heads": 3}))
     return cases
 
@@ -150,10 +161,10 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full_disk(obj, file):
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        file.write(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file\nmore")  # what torch makes of a full disk
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="m.pt: cannot be written .PytorchStreamWriter failed"):
         save_checkpoint(path, model)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.pt"]

@@ -96,6 +96,12 @@ def test_classes_by_name_and_index():
     assert len(sample.pick_classes(None, imagenet)) == 8
 
 
+def test_npz_covers_every_class(tmp_path):
+    save_checkpoint(tmp_path / "m.pt", DiT(Config(**SMALL | {"num_classes": 12})))
+    sample.main(["--ckpt", str(tmp_path / "m.pt"), "--npz", "13", "--steps", "1", "--out", str(tmp_path / "x.npz")])
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [*range(12), 0]
+
+
 def usage(*flags):
     return ["--ckpt", "CKPT", *flags]
 
@@ -113,6 +119,7 @@ def usage(*flags):
         (usage("--npz", "4", "--n", "4"), 2, "leave out --n"),
         (usage("--out", "/nowhere/x.png"), 2, "/nowhere is not a folder that can be written to"),
         (usage("--seed", "-1"), 2, "--seed"),
+        (usage("--out", "."), 2, "is a folder, expected a file"),
         (["--ckpt", "missing.pt"], 1, "missing.pt: no such file"),
         (["--ckpt", str(FOLDERS["terdit"])], 1, "n_heads"),
         ([], 2, "--ckpt"),

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,7 +178,7 @@ def test_loss_falls_and_files_appear(tmp_path, capsys):
 def test_packed_file_is_the_averaged_model(tmp_path):
     state = run(tmp_path, "--steps", 3)
     model = DiT(Config(**state["config"]))
-    model.load_state_dict({k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"})
+    model.load_state_dict(state["ema"])
     want, got = pack_model(model).state_dict(), load_model(tmp_path / "packed.pt").state_dict()
     assert same(dict(want), dict(got))
     assert not same(dict(got), dict(pack_model(_load(state)).state_dict()))  # and not the raw one
@@ -245,11 +245,16 @@ def test_resume_refuses_another_run(tmp_path):
     state = run(tmp_path, "--steps", 3, "--seed", 1, "--fresh")
     assert state["step"] == 3 and state["args"]["seed"] == 1
     assert run(tmp_path, "--steps", 5, "--seed", 1)["step"] == 5  # a longer plan is a way to go on
+    with pytest.raises(ValueError, match="at step 5 already, --steps says 4"):
+        run(tmp_path, "--steps", 4, "--seed", 1)
 
 
 def test_foreign_state_is_refused(tmp_path):
     save_checkpoint(tmp_path / "state.pt", DiT(Config(**SIZES["tiny"])))
     with pytest.raises(ValueError, match="not a training state"):
+        run(tmp_path, "--steps", 1)
+    torch.save({"format": train.STATE, "config": {}}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt: damaged"):
         run(tmp_path, "--steps", 1)
     (tmp_path / "state.pt").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a training state"):
@@ -296,29 +301,61 @@ def test_init_keeps_the_weights(tmp_path):
     packed = load_model(packed_file)
     for path in (packed_file, *others):
         args = train.parse_args(["--init", str(path)])
-        model = train.build_model(args, 8, 3, list("0123456789"))
-        assert model.config == packed.config
-        if path != others[-1]:
+        config, state = train.read_init(path)
+        if path == others[-1]:  # full precision, whose alphas start at the quantizer's scale
+            model = train.build_model(args, replace(config, ternary=True), state)
+            wq = model.layers[0].attention.wq
+            assert wq.alphas.item() == pytest.approx(wq.weight.abs().mean().item())
+        else:
+            model = train.build_model(args, config, state)
             assert same(dict(pack_model(model).state_dict()), dict(packed.state_dict()))  # the same codes and alphas
-        other = train.build_model(args, 8, 3, ["cat", "dog"])
-        assert other.y_embedder.embedding_table.weight.shape[0] == 3
-        assert torch.equal(other.x_embedder.weight, model.x_embedder.weight)
-    run(tmp_path / "tuned", "--steps", 2, "--init", packed_file)
+
+
+def test_fine_tuning_to_other_classes(tmp_path, capsys):
+    packed_file = init_sources(tmp_path)[0]
+    for name in ("cat", "dog"):
+        save_image(tmp_path / f"data/{name}/x.png")
+    state = run(tmp_path / "tuned", "--steps", 1, "--lr", 1e-9, "--init", packed_file, "--data", tmp_path / "data")
+    assert "new label table" in capsys.readouterr().out and state["config"]["class_names"] == ["cat", "dog"]
+    before, after = (dict(load_model(tmp_path / f"{d}/packed.pt").state_dict()) for d in ("src", "tuned"))
+    tables = [d.pop("y_embedder.embedding_table.weight") for d in (before, after)]
+    assert [len(t) for t in tables] == [11, 3]
+    assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-6) for k in before)
+    run(tmp_path / "tuned", "--steps", 2, "--lr", 1e-9, "--init", packed_file, "--data", tmp_path / "data")  # resumes
+    with pytest.raises(ValueError, match="init="):
+        run(tmp_path / "tuned", "--steps", 3, "--lr", 1e-9, "--data", tmp_path / "data", "--seed", 0)
 
 
 def test_init_refuses(tmp_path):
-    for path, message in ((FOLDERS["terdit"], "works on 4 channels"), (tmp_path / "no.pt", "no such file")):
+    packed_file = init_sources(tmp_path)[0]
+    for flags, message in (
+        (["--init", FOLDERS["terdit"]], "works on 4 channels, latents of"),
+        (["--init", tmp_path / "no.pt"], "no such file"),
+        (["--init", packed_file, "--no-adaln-norm"], "adaLN_modulation.2.weight is .*, this model's none"),
+        (["--init", "x.pt", "--size", "tiny"], "leave out --size"),
+        (["--init", packed_file, "--image-size", "16"], "pos_embed is"),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            train.build_model(train.parse_args(["--init", str(path)]), 8, 3, ["a"])
-    with pytest.raises(ValueError, match="leave out --size"):
-        run(tmp_path, "--init", "x.pt", "--size", "tiny")
+            run(tmp_path / "out", "--steps", 1, *flags)
+
+
+def test_compile_falls_back_aloud(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert train.can_compile("cpu") is False
+    assert "(no compiler): training without it" in capsys.readouterr().out
+
+
+def test_micro_batches_change_nothing_but_memory(tmp_path):
+    one, two = (run(tmp_path / n, "--steps", 3, "--micro-batch", n)["model"] for n in ("4", "3"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
 
 
 def test_latents_made_from_codes_round_back():
     model = load_model(FOLDERS["terdit"], n_heads=4)
-    _, state = train.initial_latents(FOLDERS["terdit"])[0], None
     for module in model.modules():
         if isinstance(module, PackedTernaryLinear):
             codes = unpack_ternary(module.weight)
-            latent = codes * module.alphas.abs()
-            assert torch.equal(ternarize(latent).to(torch.int8), codes)
+            assert torch.equal(ternarize(codes * module.alphas.abs()).to(torch.int8), codes)
