@@ -145,7 +145,7 @@ class _TernaryWeight(torch.autograd.Function):
             dot = torch.dot(grad.flatten(), out.flatten())
         else:
             dot = (grad * out).sum(dtype=torch.float32)
-        grad_alphas = torch.where(alphas == 0, torch.zeros_like(alphas), dot / alphas)
+        grad_alphas = torch.where(alphas == 0, alphas, dot / alphas)
         return grad.to(alphas.dtype) * alphas, grad_alphas, None
 
 

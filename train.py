@@ -221,7 +221,7 @@ def parse_args(argv=None):
     p.add_argument("--no-adaln-norm", action="store_true", help="no RMS Norm behind adaLN (the paper's ablation)")
     p.add_argument("--fresh", action="store_true", help="start over where the run folder holds a state")
     p.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="default 1000")
-    p.add_argument("--sample-every", type=positive, metavar="STEPS", help="default: 6 times in a run")
+    p.add_argument("--sample-every", type=positive, metavar="STEPS", help="default: a quarter of the run")
     p.add_argument(
         "--grid",
         type=int,
@@ -354,7 +354,9 @@ def main(argv=None):
     base, init_state = read_init(args.init) if args.init else (Config(**SIZES[args.size or "tiny"]), None)
     if base.vae:
         raise ValueError(f"--init {args.init} works on 4 channels, latents of {base.vae}; images here have 3")
-    recipe = DEMO if base.prediction == "v" else PAPER
+    recipe = dict(DEMO if base.prediction == "v" else PAPER)
+    if args.init:
+        recipe["image_size"] = base.input_size
     for name in ("batch", "steps", "lr", "image_size"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
@@ -446,7 +448,7 @@ def main(argv=None):
         signal.signal(s, on_signal)
 
     log = Log(args.out / "log.csv", step)
-    sample_every = args.sample_every or max(1, args.steps // 6)
+    sample_every = args.sample_every or max(1, args.steps // 4)
     losses, shown, start, first = [], 0.0, time.time(), step
     while step < args.steps and not stop:
         # The learning rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small.
@@ -481,7 +483,7 @@ def main(argv=None):
             shown = now
             mean, left = sum(losses) / len(losses), clock((args.steps - step) / rate)
             print(f"{chr(13) * live}step {step}/{args.steps}  loss {mean:.4f}  grad {grad_norm:.2f}  lr {lr:.1e}  "
-                  f"{rate * args.batch:.1f} images/s  ETA {left}   ", end="" if live else "\n", flush=True)  # fmt: skip
+                  f"{rate * args.batch:.3g} images/s  ETA {left}   ", end="" if live else "\n", flush=True)  # fmt: skip
         if step % 10 == 0:
             losses.clear()
         if step % args.save_every == 0 and step < args.steps:
