@@ -19,21 +19,21 @@ from PIL import Image
 
 from terdit import GaussianDiffusion, atomic_write, load_model, read_model
 
+STEPS = 25  # enough for the demo's digits; the paper takes 250
 IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
 
 
-def image_generator(seed, index):
-    """The random numbers of one image depend on the seed and the image's place, never on the batch it is in."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
-    )
+def generator(*numbers):
+    """Random numbers that are a function of these numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
     """Run the guided loop for the labels y [(place, label), ...] -> x_0 (n, C, H, W) fp32."""
     config, device = model.config, next(model.parameters()).device
     diffusion = GaussianDiffusion(str(steps), config.prediction)
-    generators = [image_generator(seed, place) for place, _ in y]
+    # By the seed and the image's place, never by the batch it is in.
+    generators = [generator(seed, place) for place, _ in y]
     shape = (config.in_channels, config.input_size, config.input_size)
     draw = lambda x: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
     labels = torch.tensor([label for _, label in y], device=device)
@@ -55,7 +55,7 @@ def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
     return diffusion.p_sample_loop(model_fn, draw(None), clip_denoised=config.vae is None, noise_fn=draw)
 
 
-def sample_images(model, y, seed=0, cfg=1.5, steps=25, sampler="ddpm", batch=100, decode=None, progress=None):
+def sample_images(model, y, seed=0, cfg=1.5, steps=STEPS, sampler="ddpm", batch=100, decode=None, progress=None):
     """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU."""
     places = list(enumerate(torch.as_tensor(y).tolist()))
     parts = []
@@ -176,7 +176,9 @@ def parse_args(argv=None):
     p.add_argument("--classes", nargs="+", help="names or indices; all classes by default (eight of more than ten)")
     p.add_argument("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
     p.add_argument("--cfg", type=float, default=1.5, help="guidance scale; 1 is none (default 1.5)")
-    p.add_argument("--steps", type=positive, help="denoising steps; default 25, of a latent model the paper's 250")
+    p.add_argument(
+        "--steps", type=positive, help=f"denoising steps; default {STEPS}, of a latent model the paper's 250"
+    )
     p.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
@@ -218,7 +220,7 @@ def main(argv=None):
         print(f"released checkpoint: classes are ImageNet's indices, which it orders as strings ({name} is row {row})")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
-    args.steps = args.steps or (250 if config.vae else 25)
+    args.steps = args.steps or (250 if config.vae else STEPS)
     n = args.npz or args.n or 4 * len(classes)
     y = torch.tensor([classes[i % len(classes)] for i in range(n)])
     start = time.time()

@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sample import Progress, check_common, positive, run, sample_images, save_grid
+from sample import STEPS, Progress, check_common, generator, positive, run, sample_images, save_grid
 from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear
 from terdit import atomic_write, load_model, pack_model, read_checkpoint, save_checkpoint, unpack_ternary
 
@@ -160,10 +160,6 @@ def to_bytes(images):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Everything random, as a function of (seed, step)
-
-
-def generator(*numbers):
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 @lru_cache(maxsize=2)
@@ -422,7 +418,7 @@ def main(argv=None):
     def draw_grid(model, path):
         columns = min(10, config.num_classes, grid)
         y = torch.arange(grid) % min(10, config.num_classes)
-        save_grid(sample_images(model.eval(), y, args.seed, progress=Progress(grid * 25)), columns, path)
+        save_grid(sample_images(model.eval(), y, args.seed, progress=Progress(grid * STEPS)), columns, path)
 
     def save():
         state = dict(

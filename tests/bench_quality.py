@@ -99,19 +99,16 @@ def main():
             judge = train_judge(size)
             real, _ = look(judge, *digits(5000, size, 2000))
             features, accuracy = look(judge, *digits(args.n, size, 3000))
-            judges[size] = judge, real
+            judges[size] = judge, real, digits(12000, size, 0)[0]  # the demo's training images
             print(
                 f"real {size}x{size} digits: n={args.n}, accuracy {accuracy:.2%}, FID {fid(features, real):.2f} (real against real)"
             )
             results.append(dict(ckpt="real", n=args.n, accuracy=accuracy, fid=fid(features, real)))
-        judge, real = judges[size]
+        judge, real, trained_on = judges[size]
         y = torch.arange(args.n) % model.config.num_classes
         x = sample_images(model, y, args.seed, **settings)
         features, accuracy = look(judge, x, y)
-        near = (
-            nearest(x[:500], digits(12000, size, 0)[0]),
-            nearest(digits(500, size, 4000)[0], digits(12000, size, 0)[0]),
-        )
+        near = nearest(x[:500], trained_on), nearest(digits(500, size, 4000)[0], trained_on)
         results.append(
             dict(
                 ckpt=path,
