@@ -4,11 +4,13 @@ PYTHON = $(VENV)
 READY = $(if $(filter $(VENV),$(PYTHON)),.venv/ready)
 
 help:
-	@echo "make demo       train, pack and sample on a CPU in minutes: runs/demo/packed.pt and grid.png"
-	@echo "make test       run the tests"
-	@echo "make bench      print every figure of README's results again (about 20 minutes on 2 cores)"
-	@echo "make install    only make the local environment, .venv"
-	@echo "make clean      remove .venv and caches; runs/ stays"
+	@echo "make demo         train, pack and sample on a CPU in minutes: runs/demo/packed.pt and grid.png"
+	@echo "make test         run the tests"
+	@echo "make kernel-test  after a change to kernel.cu: run it without a GPU, compile it for sm_80 and sm_90a"
+	@echo "make bench-gpu    on a GPU: check kernel.cu, then time it and whole models"
+	@echo "make bench        print every figure of README's results again (about 25 minutes on 2 cores)"
+	@echo "make install      only make the local environment, .venv"
+	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "PYTHON=python3 after any of them uses your own environment"
 
 install: $(READY)
@@ -25,13 +27,25 @@ demo: $(READY)
 test: $(READY)
 	$(PYTHON) -m pytest -q tests
 
+kernel-test: $(READY)
+	$(PYTHON) -m pytest -q tests/test_kernel.py
+
 bench: $(READY)
+	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel.json
+	$(PYTHON) tests/bench_model.py --json runs/bench_model.json
 	$(PYTHON) tests/bench_qat.py --json runs/bench_qat.json
 	$(PYTHON) train.py --compile --out runs/demo
 	$(PYTHON) train.py --compile --out runs/demo-full --full-precision
 	$(PYTHON) tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
 
+bench-gpu: $(READY)
+	$(PYTHON) -m pytest -q tests/test_kernel.py -k gpu
+	-compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q tests/test_kernel.py -k "gpu and small"
+	-compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -q tests/test_kernel.py -k "gpu and small"
+	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel_gpu.json
+	$(PYTHON) tests/bench_model.py --steps 50 --json runs/bench_model_gpu.json
+
 clean:
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
 
-.PHONY: help install demo test bench clean
+.PHONY: help install demo test kernel-test bench bench-gpu clean

@@ -12,11 +12,17 @@ The whole method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 
 Letters in the shape comments: N batch, C channels, H W height and width, T tokens, D width of the model.
 """
 
+import ctypes
 import math
 import os
+import threading
+import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -142,11 +148,10 @@ class _TernaryWeight(torch.autograd.Function):
         out, alphas = ctx.saved_tensors
         # d/dalpha = <grad, codes> = <grad, out> / alpha. An alpha of exactly 0 gets no gradient.
         if grad.dtype == torch.float32:
-            dot = torch.dot(grad.flatten(), out.flatten())
-        else:
-            dot = (grad * out).sum(dtype=torch.float32)
-        grad_alphas = torch.where(alphas == 0, alphas, dot / alphas)
-        return grad.to(alphas.dtype) * alphas, grad_alphas, None
+            dot, grad = torch.dot(grad.flatten(), out.flatten()), grad * alphas
+        else:  # without a temporary of fp32 size, whose fresh pages cost more than the arithmetic
+            dot, grad = torch.linalg.vecdot(grad, out).sum(dtype=torch.float32), grad.float().mul_(alphas)
+        return grad, torch.where(alphas == 0, alphas, dot / alphas), None
 
 
 class TernaryLinear(nn.Module):
@@ -210,7 +215,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, dim):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        # Not nn.Embedding's own constructor: on the meta device its normal_ makes torch import its compiler, 100 MB.
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, dim), freeze=False)
 
     def forward(self, y):
         return self.embedding_table(y)
@@ -282,8 +288,9 @@ class TransformerBlock(nn.Module):
         if cfg.adaln_norm:
             self.adaLN_modulation.append(RMSNorm(6 * cfg.dim, eps=cfg.norm_eps))
 
-    def forward(self, x, c, freqs_cis):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+    def forward(self, x, c, freqs_cis, modulation=None):
+        modulation = self.adaLN_modulation(c) if modulation is None else modulation  # (N, 6 * D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attention(
             modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis
         )
@@ -325,7 +332,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(n_tokens, cfg.dim)) if cfg.pos_embed else None
         self.layers = nn.ModuleList([TransformerBlock(cfg, linear) for _ in range(cfg.n_layers)])
         self.final_layer = FinalLayer(cfg, self.out_channels)
-        if not packed:
+        if not (packed or self.x_embedder.weight.is_meta):
             self.init_weights()
 
     def init_weights(self):
@@ -365,24 +372,33 @@ class DiT(nn.Module):
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (height // p, -1))  # (N, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (N, C, H, W)
 
-    def forward(self, x, t, y):
+    def condition(self, t, y):
+        """All that depends on t (N,) and y (N,) alone -> c (N, cond_dim) and each layer's adaLN output (N, 6 * D).
+
+        A sampler computes it for many steps at once: one row or a hundred cost a packed layer nearly the same.
+        """
+        c = self.t_embedder(t) + self.y_embedder(y)
+        return c, [layer.adaLN_modulation(c) for layer in self.layers]
+
+    def forward(self, x, t, y, condition=None):
         """Predict the noise (or v) in x.
 
         x (N, C, H, W) noisy images or latents; t (N,) in 0..999, fractions allowed; y (N,) classes, num_classes: none.
         -> (N, 2C, H, W): prediction, then the sigma channels; (N, C, H, W) if not learn_sigma.
+        condition: self.condition(t, y) where it is known already; t and y are not looked at then.
         """
         height = x.shape[2]
         dtype = self.x_embedder.weight.dtype  # of the residual stream, under autocast too
         h = self.x_embedder(self.patchify(x).to(dtype)).to(dtype)  # (N, T, D)
         if self.pos_embed is not None:
             h = h + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, cond_dim)
+        c, modulations = condition or (self.t_embedder(t) + self.y_embedder(y), [None] * len(self.layers))
         freqs_cis = rotary_table(h.shape[1], self.config.dim // self.config.n_heads, x.device)
-        for layer in self.layers:
-            h = layer(h, c, freqs_cis)
+        for layer, modulation in zip(self.layers, modulations):
+            h = layer(h, c, freqs_cis, modulation)
         return self.unpatchify(self.final_layer(h, c), height)
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None):
+    def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None, condition=None):
         """Classifier-free guidance, by upstream's contract.
 
         The first half of x (N, C, H, W) is run twice, the second half is ignored; y is the classes, then as many null
@@ -391,7 +407,7 @@ class DiT(nn.Module):
         slip). None guides every channel.
         """
         half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
+        out = self.forward(torch.cat([half, half]), t, y, condition)
         g = self.config.in_channels if guided_channels is None else guided_channels
         cond, uncond = out[:, :g].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
@@ -599,11 +615,192 @@ def check_packed(packed, name="weight"):
         raise ValueError(f"{name}: holds code 3, but packed ternary weights use 0, 1 and 2: the bytes are damaged")
 
 
+@lru_cache(maxsize=None)
+def _announce(message):
+    warnings.warn(message, stacklevel=2)
+
+
+@lru_cache(maxsize=None)
+def cuda_kernel():
+    """kernel.cu as a ctypes library, compiled on first use, or None and a warning that names the reason.
+
+    It knows pointers and a stream but not torch, whose headers would make the build take a minute.
+    """
+    try:
+        from torch.utils.cpp_extension import load
+
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            raise RuntimeError(f"this GPU is sm_{major}{minor}, the kernels need sm_80 or later")
+        arch = f"{major}{minor}" + "a" * (major == 9)  # wgmma is in sm_90a alone, which torch's own flags leave out
+        warnings.warn(f"building kernel.cu for sm_{arch}: once, some seconds", stacklevel=2)
+        flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        source = Path(__file__).with_name("kernel.cu")
+        library = load(f"terdit_sm_{arch}", [str(source)], extra_cuda_cflags=flags, is_python_module=False)
+        return ctypes.CDLL(library)
+    except Exception as e:  # no nvcc, no compiler, no ninja, a driver that is too old, an edit that does not compile
+        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        _announce(f"kernel.cu is not used ({reason}): packed layers unpack in plain PyTorch at every call, slower")
+        return None
+
+
+def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
+    """kernel.cu's ternary_linear: x (M, K) bf16 or fp16, weight (N/4, K) uint8 -> (M, N).
+
+    kernel: auto, naive, few (M <= 16), mma or wgmma; tokens: of a CTA's tile, 0 for the best. The pointers are raw, so
+    everything is checked here: ValueError says what was got.
+    """
+    (M, K), N = x.shape, 4 * len(weight)
+    if max(M, N, K) >= 1 << 31:
+        raise ValueError(f"kernel.cu counts in 32 bits: M={M} N={N} K={K} is too large")
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"kernel.cu takes x of bfloat16 or float16, got {x.dtype}")
+    if weight.dtype != torch.uint8 or weight.shape[1] != K:
+        raise ValueError(
+            f"weight of (N/4, {K}) uint8 wanted for x {tuple(x.shape)}, got {tuple(weight.shape)} {weight.dtype}"
+        )
+    if alphas.dtype != torch.float32 or alphas.numel() != 1:
+        raise ValueError(f"alphas: one float32 wanted, got {tuple(alphas.shape)} {alphas.dtype}")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (N,)):
+        raise ValueError(f"bias of ({N},) {x.dtype} wanted, got {tuple(bias.shape)} {bias.dtype}")
+    if len({z.device for z in (x, weight, alphas, bias) if z is not None}) > 1:
+        raise ValueError(f"x is on {x.device}, but weight, alphas or bias on another device")
+    # Loads are 16 bytes wide: copies of tensors that are strided or start at odd places.
+    x, weight = (
+        z if z.is_contiguous() and z.data_ptr() % 16 == 0 else z.clone(memory_format=torch.contiguous_format)
+        for z in (x, weight)
+    )
+    bias = bias if bias is None else bias.contiguous()
+    y = x.new_empty(M, N)
+    if M == 0:
+        return y
+    pointers = [ctypes.c_void_p(None if z is None else z.data_ptr()) for z in (x, weight, alphas, bias, y)]
+    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None)
+    number = KERNELS.index(kernel)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        error = library.ternary_linear(*pointers, M, N, K, x.dtype == torch.bfloat16, number, tokens, stream)
+    if error:
+        raise ValueError(f"kernel.cu: CUDA error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}")
+    return y
+
+
+KERNELS = ("auto", "naive", "few", "mma", "wgmma")  # in the order of kernel.cu's enum
+
+
+def forced_kernel():
+    """TERDIT_KERNEL=off|auto|naive|few|mma|wgmma[:TOKENS], for experiments -> name, tokens."""
+    name, _, tokens = os.environ.get("TERDIT_KERNEL", "auto").partition(":")
+    if name not in (*KERNELS, "off") or not (tokens or "0").isdigit():
+        raise ValueError(f"TERDIT_KERNEL={name!r}, expected off, {', '.join(KERNELS)}, perhaps with :TOKENS")
+    return name, int(tokens or 0)
+
+
+def packed_path(device_type, dtype):
+    """How packed layers run there: "kernel" (kernel.cu), "blocks" (_linear_blocks) or "plain" (packed_linear_plain)."""
+    if forced_kernel()[0] == "off" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "plain"
+    if device_type == "cpu":
+        return "blocks"
+    if device_type == "cuda" and dtype != torch.float32 and cuda_kernel():
+        return "kernel"
+    if device_type != "cuda" or dtype == torch.float32:
+        _announce(
+            f"no kernel for {dtype} on {device_type}: packed layers unpack in plain PyTorch at every call, slower"
+        )
+    return "plain"
+
+
+def packed_linear_plain(x, weight, alphas, bias):
+    """The reference of the two fast paths: unpack to memory, scale as TernaryLinear does, multiply."""
+    return F.linear(x, unpack_ternary(weight).to(x.dtype) * alphas.to(x.dtype), bias)
+
+
+class _Scratch(threading.local):
+    """Memory kept from call to call, one for each thread: fresh pages would cost as much as the widening."""
+
+    def __init__(self):
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def get(self, size):
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        return self.bytes[:size]
+
+
+_scratch = _Scratch()
+
+
+class _Scratch(threading.local):
+    """Memory kept from call to call, for each thread its own: fresh pages would cost as much as what is done in them."""
+
+    bytes = torch.empty(0, dtype=torch.uint8)
+
+    def get(self, size):
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        return self.bytes[:size]
+
+
+_scratch = _Scratch()
+
+
+def _linear_blocks(x, weight, alphas, bias):
+    """x (M, K), weight (N/4, K) uint8 -> (M, N), widening one block of rows after the other into the same few MB.
+
+    Widening is bit work: the top two bits of a float, in bf16, fp16 and fp32 alike, are its sign and highest exponent
+    bit. Codes 0, 1, 2, inverted and shifted there, are 11, 10, 01: -2.0, -0.0 and +2.0.
+    """
+    (M, K), n, size = x.shape, len(weight), x.element_size()
+    word, mask = (torch.int16, -(1 << 14)) if size == 2 else (torch.int32, -(1 << 30))
+    shifts = 8 * size - torch.tensor([8, 6, 4, 2], dtype=word).view(4, 1, 1)  # of a byte's four fields
+    rows = min(n, max(1, (6 << 20) // (4 * K * size)))  # widened, 6 MB: in cache, and still a large matmul
+    scratch = _scratch.get(5 * rows * K * size).view(word)
+    half = alphas.item() / 2
+    y = x.new_empty(M, 4, n) if rows < n else None
+    for r in range(0, n, rows):
+        part = weight[r : r + rows]
+        wide, block = scratch[: 5 * part.numel()].view(5, *part.shape).split([1, 4])
+        wide.copy_(part).bitwise_not_()
+        torch.bitwise_left_shift(wide, shifts, out=block).bitwise_and_(mask)
+        w = block.view(x.dtype).flatten(0, 1)  # (4 * rows, K) of -2, -0 and 2
+        b = None if bias is None else bias.view(4, n)[:, r : r + rows].flatten()
+        if size == 4:  # alpha where TernaryLinear has it, which makes the same bits
+            out = F.linear(x, w.mul_(half), b)
+        else:  # alpha within the matmul: free there, and in fp32
+            out = torch.addmm(x.new_empty(len(w)) if b is None else b, x, w.t(), beta=int(b is not None), alpha=half)
+        if y is None:
+            return out
+        y[:, :, r : r + rows] = out.view(M, 4, -1)
+    return y.flatten(1)
+
+
+def packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, alphas: torch.Tensor, bias: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path that packed_path names."""
+    path, rows = packed_path(x.device.type, x.dtype), x.reshape(-1, x.shape[-1])
+    bias = bias if bias is None else bias.to(x.dtype)
+    if path == "kernel":
+        y = launch_kernel(cuda_kernel(), rows, weight, alphas, bias, *forced_kernel())
+    else:
+        y = {"blocks": _linear_blocks, "plain": packed_linear_plain}[path](rows, weight, alphas, bias)
+    return y.view(*x.shape[:-1], 4 * len(weight))
+
+
+# One operator to torch.compile, which could not look into it. Without torch.compile it would cost 50 us a call.
+_packed_linear_op = torch.library.custom_op("terdit::packed_linear", packed_linear, mutates_args=())
+
+
+@_packed_linear_op.register_fake
+def _(x, weight, alphas, bias):
+    return x.new_empty(*x.shape[:-1], 4 * len(weight))
+
+
 class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
-    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. The codes are unpacked and scaled
-    exactly as TernaryLinear does it, so in fp32 both give the same bits.
+    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. The bytes stay as they are in the
+    checkpoint: every path reads them so. In fp32 on a CPU it gives the same bits as TernaryLinear.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -615,7 +812,12 @@ class PackedTernaryLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, unpack_ternary(self.weight).to(x.dtype) * self.alphas.to(x.dtype), self.bias)
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"x of (..., {self.weight.shape[1]}) wanted, got {tuple(x.shape)}")
+        if torch.is_grad_enabled() and (x.requires_grad or self.alphas.requires_grad):
+            return packed_linear_plain(x, self.weight, self.alphas, self.bias)  # the one with a backward
+        linear = _packed_linear_op if torch.compiler.is_compiling() else packed_linear
+        return linear(x, self.weight, self.alphas, self.bias)
 
 
 @torch.no_grad()

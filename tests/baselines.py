@@ -86,8 +86,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(approximate="tanh"), fc2=fc2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
 
-    def forward(self, x, c):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+    def forward(self, x, c, modulation=None):
+        modulation = self.adaLN_modulation(c) if modulation is None else modulation  # (N, 6 * D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm(x), shift_msa, scale_msa))
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
@@ -122,7 +123,12 @@ class DiTXL(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x, t, y):
+    def condition(self, t, y):
+        """As terdit.DiT.condition, whose result forward takes in place of t and y."""
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        return c, [block.adaLN_modulation(c) for block in self.blocks]
+
+    def forward(self, x, t, y, condition=None):
         """As terdit.DiT.forward: x (N, C, H, W), t (N,) in 0..999, y (N,) -> (N, 2C, H, W), or C if not learn_sigma.
 
         The positions are a fixed table, so x of another size is a ValueError.
@@ -131,9 +137,9 @@ class DiTXL(nn.Module):
         if x.shape[1:] != (channels, size, size):
             raise ValueError(f"x is {tuple(x.shape)}, expected (N, {channels}, {size}, {size})")
         h = self.x_embedder(x.to(self.pos_embed.dtype)).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        for block in self.blocks:
-            h = block(h, c)
+        c, modulations = condition or self.condition(t, y)
+        for block, modulation in zip(self.blocks, modulations):
+            h = block(h, c, modulation)
         return self.unpatchify(self.final_layer(h, c), size)
 
 

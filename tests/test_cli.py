@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import sample
-from terdit import Config, DiT, load_model, pack_model, save_checkpoint
+from terdit import Config, DiT, GaussianDiffusion, load_model, pack_model, save_checkpoint
 from tests.conftest import ROOT
 from tests.test_golden import FOLDERS
 from tests.test_ternary import awake
@@ -67,6 +67,29 @@ def test_seed_decides_not_batch(ckpt, sampler):
         assert np.abs(got.astype(int) - want).max() <= 1  # matmuls of another height may round otherwise
     assert (images(model, y, seed=4, sampler=sampler) != want).mean() > 0.5
     assert (want[0] != want[3]).mean() > 0.5  # two images of one class
+
+
+@pytest.mark.parametrize("cfg", [1, 3.0])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_sampling_against_the_plain_loop(ckpt, sampler, cfg):
+    """sample_latents computes adaLN for many steps at once; more steps than that here. This is the loop it stands for."""
+    model, y, steps = load_model(ckpt), [1, 0, 1], sample.AHEAD + 4
+    generators = [sample.generator(5, place) for place in range(3)]
+    shape = (model.config.in_channels, *[model.config.input_size] * 2)
+    draw = lambda x: torch.stack([torch.randn(shape, generator=g) for g in generators])
+    null = torch.full((3,), model.config.num_classes)
+
+    def model_fn(x, t):
+        cond, uncond = model(x, t, torch.tensor(y)), model(x, t, null)
+        pred, guided = uncond[:, :3] + cfg * (cond[:, :3] - uncond[:, :3]), cond.clone()
+        guided[:, :3] = pred
+        return guided
+
+    diffusion = GaussianDiffusion(str(steps), model.config.prediction)
+    loop = diffusion.p_sample_loop if sampler == "ddpm" else diffusion.ddim_sample_loop
+    want = loop(model_fn, draw(None), clip_denoised=True, noise_fn=draw if sampler == "ddpm" else torch.zeros_like)
+    got = sample.sample_latents(model, list(enumerate(y)), 5, cfg, steps, sampler)
+    assert (got - want).abs().max() < 1e-4
 
 
 def test_guidance_of_one_is_none(ckpt):

@@ -1,0 +1,154 @@
+"""A whole model at its real size, random weights: one guided step and a sampling run; seconds, bytes, peak memory.
+
+    python tests/bench_model.py                          600M at 256x256, on a GPU also 512x512 and 4.2B
+    python tests/bench_model.py --size 4.2B --modes packed
+
+    packed     ours: 2 bits a weight in memory
+    dense      Large-DiT of the same size in bf16: what packing is to be no slower than
+    upstream   TerDiT's released code's way: packed in memory, unpacked to fp32 at every call, multiplied in fp32
+
+Every row's memory comes from a process of its own. The ratio comes from one process with both models, in turns.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import terdit  # noqa: E402
+from sample import sample_latents  # noqa: E402
+from terdit import SIZES, Config, DiT, PackedTernaryLinear, unpack_ternary  # noqa: E402
+
+
+def random_model(size, image_size, mode, device):
+    config = Config(**{**SIZES[size], "input_size": image_size // 8})
+    if mode == "dense":
+        config.ternary = config.adaln_norm = False
+    with torch.device("meta"):
+        model = DiT(config, packed=mode != "dense")
+    dtype = torch.float32 if mode == "upstream" else torch.bfloat16
+    model = model.to(dtype).to_empty(device=device)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.constant_(p, float("norm" in name))
+    for module in model.modules():
+        if isinstance(module, PackedTernaryLinear):
+            module.alphas.data = torch.full((1,), 0.02, device=device)
+            for part in module.weight.split(256):  # four random codes of 0, 1, 2 a byte, in pieces to spare memory
+                part.copy_(
+                    sum(torch.randint(3, part.shape, dtype=torch.uint8, device=device) << s for s in (0, 2, 4, 6))
+                )
+            if mode == "upstream":
+                module.forward = lambda x, m=module: F.linear(
+                    x.float(), unpack_ternary(m.weight).float() * m.alphas, m.bias
+                )
+    return model.eval().requires_grad_(False)
+
+
+def sync(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def step_seconds(model, device):
+    config = model.config
+    dtype = model.x_embedder.weight.dtype
+    x = torch.randn(2, config.in_channels, config.input_size, config.input_size, device=device, dtype=dtype)
+    t, y = torch.tensor([500, 500], device=device), torch.tensor([207, config.num_classes], device=device)
+    sync(device)
+    start = time.perf_counter()
+    model.forward_with_cfg(x, t, y, 4.0)
+    sync(device)
+    return time.perf_counter() - start
+
+
+def run_seconds(model, device, steps):
+    start = time.perf_counter()
+    sample_latents(model, [(0, 207)], 0, 4.0, steps, "ddpm")
+    sync(device)
+    return time.perf_counter() - start
+
+
+def measure(size, image_size, mode, device, steps):
+    model = random_model(size, image_size, mode, device)
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    step_seconds(model, device)
+    times = [step_seconds(model, device) for _ in range(3 if device == "cpu" else 10)]
+    run = None if mode == "upstream" and device == "cpu" else run_seconds(model, device, steps)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return dict(step_s=statistics.median(times), run_s=run, weight_bytes=weights, peak_bytes=peak)
+
+
+def ratios(size, image_size, device, steps, rounds):
+    """packed / dense of a step and of a run, in turns in one process."""
+    models = [random_model(size, image_size, mode, device) for mode in ("packed", "dense")]
+    one = [[step_seconds(m, device) for m in models] for _ in range(rounds + 1)][1:]
+    run = [[run_seconds(m, device, steps) for m in models] for _ in range(max(2, rounds // 4))]
+    median = lambda pairs: statistics.median(a / b for a, b in pairs)
+    return dict(step_ratio=median(one), run_ratio=median(run), step_ratios=sorted(a / b for a, b in one))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", choices=SIZES, nargs="+")
+    p.add_argument("--image-size", type=int, nargs="+")
+    p.add_argument(
+        "--modes", nargs="+", choices=["packed", "dense", "upstream"], default=["packed", "dense", "upstream"]
+    )
+    p.add_argument("--steps", type=int, default=16, help="denoising steps of the sampling run")
+    p.add_argument("--rounds", type=int, default=9, help="turns of the ratio's measurement, 0 for none")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", help="also write the figures here")
+    p.add_argument("--one", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.one:
+        print(json.dumps(measure(*json.loads(args.one))))
+        return
+    gpu = args.device == "cuda"
+    sizes = args.size or (["600M", "4.2B"] if gpu else ["600M"])
+    image_sizes = args.image_size or ([256, 512] if gpu else [256])
+    where = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
+    path = terdit.packed_path(args.device, torch.bfloat16)
+    print(
+        f"{where}, torch {torch.__version__}; packed layers run by {path!r}; a guided step is 2 images, a run {args.steps} steps"
+    )
+    print(f"{'size':<5} {'image':>5} {'mode':<9} {'step s':>8} {'run s':>8} {'weights MB':>11} {'peak MB':>9}")
+    results = []
+    for size in sizes:
+        for image_size in image_sizes:
+            for mode in args.modes:
+                one = json.dumps([size, image_size, mode, args.device, args.steps])
+                child = subprocess.run([sys.executable, __file__, "--one", one], capture_output=True, text=True)
+                if child.returncode:
+                    last = (child.stderr.strip().splitlines() or ["killed, probably out of memory"])[-1]
+                    print(f"{size:<5} {image_size:>5} {mode:<9} failed: {last[:100]}")
+                    continue
+                row = json.loads(child.stdout.splitlines()[-1])
+                results.append(dict(size=size, image_size=image_size, mode=mode, steps=args.steps, **row))
+                run = f"{row['run_s']:8.2f}" if row["run_s"] else "       -"
+                print(f"{size:<5} {image_size:>5} {mode:<9} {row['step_s']:8.3f} {run} {row['weight_bytes'] / 1e6:11.1f} "
+                      f"{row['peak_bytes'] / 1e6:9.1f}", flush=True)  # fmt: skip
+            if args.rounds and {"packed", "dense"} <= set(args.modes):
+                row = ratios(size, image_size, args.device, args.steps, args.rounds)
+                results.append(dict(size=size, image_size=image_size, mode="packed / dense", **row))
+                low, high = row["step_ratios"][0], row["step_ratios"][-1]
+                print(f"{size:<5} {image_size:>5} packed / dense, in turns: step {row['step_ratio']:.3f} ({low:.3f}-{high:.3f}), "
+                      f"run {row['run_ratio']:.3f}", flush=True)  # fmt: skip
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""kernel.cu without a GPU (its own source, run on the CPU), its compilation by nvcc, and the paths of packed layers."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+
+import terdit
+from terdit import KERNELS, launch_kernel, pack_ternary, packed_linear, packed_linear_plain
+from tests.conftest import ROOT
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def compile_emulation(source, folder):
+    library = folder / "kernel.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-DCPU_EMULATION", f"-I{ROOT}", "-x", "c++"]
+    subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True, capture_output=True, text=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("no g++: kernel.cu is not run")
+    return compile_emulation(ROOT / "kernel.cu", tmp_path_factory.mktemp("kernel"))
+
+
+def case(M, N, K, dtype, bias=True):
+    """Small integers, few of them not 0: every product and sum is exact, and so is the result in 16 bits."""
+    codes = torch.randint(-1, 2, (N, K))
+    x = (torch.randint(-2, 3, (M, K)) * (torch.rand(M, K) < 24 / K)).to(dtype)
+    b = torch.randint(-8, 9, (N,)).to(dtype) if bias else None
+    want = 2 * x.double() @ codes.double().T + (b.double() if bias else 0)
+    return x, pack_ternary(codes), torch.tensor([2.0]), b, want
+
+
+# kernel, tokens of the tile, M, N, K: tails of M, N (rows of a tile, quarters of it) and K (of a load, a stage, the ring)
+CASES = [
+    ("naive", 0, 3, 20, 7),
+    ("naive", 0, 17, 128, 100),
+    ("few", 0, 1, 32, 16),
+    ("few", 0, 2, 96, 1040),
+    ("few", 0, 8, 128, 64),
+    ("few", 0, 13, 64, 592),
+    ("mma", 32, 33, 128, 128),
+    ("mma", 64, 17, 96, 272),
+    ("mma", 128, 130, 160, 400),
+    ("wgmma", 48, 50, 128, 144),
+    ("wgmma", 64, 70, 160, 656),
+    ("wgmma", 64, 128, 256, 896),
+    ("wgmma", 96, 100, 288, 128),
+    ("wgmma", 128, 130, 384, 1168),
+]
+
+
+@pytest.mark.parametrize("mode", ["", "copies", "math"], ids=["early", "late copies", "late math"])
+@pytest.mark.parametrize("kernel, tokens, M, N, K", CASES)
+def test_kernels_exactly(emulation, monkeypatch, kernel, tokens, M, N, K, mode):
+    """Background work done at once, or as late as the kernel's waits allow."""
+    if mode and kernel in ("naive", "few"):
+        pytest.skip("has no background work")
+    monkeypatch.setenv("EMULATION", mode)
+    for dtype in HALF:
+        *args, want = case(M, N, K, dtype)
+        exact = torch.equal(launch_kernel(emulation, *args, kernel, tokens).double(), want)
+        assert exact, dtype
+
+
+@pytest.mark.parametrize("capability, kernels", [("8", ("few", "mma")), ("9", ("few", "wgmma"))])
+def test_automatic_choice(emulation, monkeypatch, capability, kernels):
+    monkeypatch.setenv("EMULATION_CC", capability)
+    for M in (1, 16, 17, 60):
+        *args, want = case(M, 96, 192, torch.bfloat16, bias=False)
+        got = launch_kernel(emulation, *args)
+        assert torch.equal(got.double(), want)
+        assert torch.equal(got, launch_kernel(emulation, *args, kernels[M > 16]))
+    *args, want = case(5, 36, 24, torch.bfloat16)  # fits no tile
+    assert torch.equal(launch_kernel(emulation, *args).double(), want)
+
+
+def test_rounding(emulation):
+    """Random data: fp32 sums, one rounding at the end."""
+    for dtype, eps in zip(HALF, (2**-8, 2**-11)):
+        codes, x = torch.randint(-1, 2, (64, 512)), torch.randn(20, 512).to(dtype)
+        want = 0.02 * x.double() @ codes.double().T
+        for kernel in KERNELS:
+            if kernel != "few":
+                got = launch_kernel(emulation, x, pack_ternary(codes), torch.tensor([0.02]), None, kernel)
+                assert (got.double() - want).norm() / want.norm() < eps
+
+
+# Deliberate mistakes in kernel.cu that the cases above must notice: an emulation that finds none proves nothing.
+MISTAKES = {
+    "waits for one copy too few": ("cp_async_wait<2>();\n    __syncthreads();  //", "cp_async_wait<3>();\n    __syncthreads();  //", "mma"),
+    "no barrier in the loop": ("cp_async_wait<2>();\n    __syncthreads();", "cp_async_wait<2>();", "mma"),
+    "overwrites registers of a running wgmma": ("wgmma_wait<2>", "wgmma_wait<4>", "wgmma"),
+    "stages signalled by half of the warps": ("barrier_init(&empty[s], 4 * WG)", "barrier_init(&empty[s], 2 * WG)", "wgmma"),
+    "ignores the swizzle": ("(s ^ g) * 16", "s * 16", "wgmma"),
+    "quarters in another order": ("a[q / 2][2 * i + q % 2]", "a[q % 2][2 * i + q / 2]", "few"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_emulation_finds(emulation, tmp_path, monkeypatch, mistake):
+    right, wrong, name = MISTAKES[mistake]
+    source = (ROOT / "kernel.cu").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "kernel.cu").write_text(source.replace(right, wrong))
+    library = compile_emulation(tmp_path / "kernel.cu", tmp_path)
+    found = False
+    for kernel, tokens, M, N, K in CASES:
+        for mode in ("", "copies", "math") if kernel == name and not found else ():
+            monkeypatch.setenv("EMULATION", mode)
+            *args, want = case(M, N, K, torch.bfloat16)
+            try:
+                found |= not torch.equal(launch_kernel(library, *args, kernel, tokens).double(), want)
+            except ValueError:  # a deadlock
+                found = True
+    assert found
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_nvcc(tmp_path, arch):
+    """kernel.cu compiles for Ampere and Hopper; no registers spill, and ptxas finds no wgmma that it must serialize."""
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc: kernel.cu is not compiled for GPUs")
+    flags = [
+        "-O3",
+        "-std=c++17",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "-Xcompiler",
+        "-fPIC",
+    ]
+    command = ["nvcc", *flags, "-shared", str(ROOT / "kernel.cu"), "-o", str(tmp_path / "kernel.so")]
+    log = subprocess.run(command, capture_output=True, text=True)
+    assert log.returncode == 0, log.stderr
+    text = log.stdout + log.stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", text)]
+    assert len(spills) > 10 and not any(spills), text
+    assert not re.findall(r"warning|C7\d{3}", text), text
+
+
+def test_launch_refuses(emulation):
+    x, w, a, b, _ = case(4, 32, 64, torch.bfloat16)
+    for args, message in [
+        ((x.float(), w, a, b), "float32"),
+        ((x[:, :32], w, a, b), r"\(N/4, 32\) uint8 wanted"),
+        ((x, w.to(torch.int8), a, b), "int8"),
+        ((x, w, a.bfloat16(), b), "one float32 wanted"),
+        ((x, w, a, b.float()), "bias of"),
+        ((x, w, a, b[:8]), "bias of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            launch_kernel(emulation, *args)
+    with pytest.raises(ValueError, match="M=17"):
+        launch_kernel(emulation, *case(17, 32, 64, torch.bfloat16)[:4], "few")
+    with pytest.raises(ValueError, match="tokens 50"):
+        launch_kernel(emulation, x, w, a, b, "mma", 50)
+    assert launch_kernel(emulation, x[:0], w, a, b).shape == (0, 32)
+
+
+def test_launch_of_views(emulation):
+    """Strided or misaligned tensors are copied, never misread."""
+    x, w, a, b, want = case(4, 32, 64, torch.bfloat16)
+    wide = torch.zeros(4, 67, dtype=x.dtype)
+    wide[:, 3:] = x
+    shifted = torch.zeros(w.numel() + 1, dtype=torch.uint8)
+    shifted[1:] = w.flatten()
+    odd = shifted[1:].view_as(w)
+    assert odd.data_ptr() % 16
+    assert torch.equal(launch_kernel(emulation, wide[:, 3:], odd, a, b).double(), want)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packed layers on the CPU
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 5), (2, 192, 512), (7, 4096, 1040)])  # the last is widened in several blocks
+def test_blocks_against_plain(shape):
+    M, N, K = shape
+    codes, alphas = torch.randint(-1, 2, (N, K)), torch.tensor([-0.031])
+    packed = pack_ternary(codes)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bias in (None, torch.randn(N).to(dtype)):
+            x = torch.randn(M, K).to(dtype)
+            got, plain = (f(x, packed, alphas, bias) for f in (packed_linear, packed_linear_plain))
+            want = alphas.double() * (x.double() @ codes.double().T) + (0 if bias is None else bias.double())
+            error = lambda y: ((y.double() - want).norm() / want.norm()).item()
+            if dtype == torch.float32:
+                assert (got - plain).abs().max() <= 1e-6 * plain.abs().max()
+            else:
+                assert got.dtype == dtype and error(got) < torch.finfo(dtype).eps / 2
+                assert error(got) <= 1.05 * error(plain)  # alpha in fp32 rounds once less
+
+
+def test_shapes_of_x():
+    packed, alphas = pack_ternary(torch.randint(-1, 2, (8, 16))), torch.ones(1)
+    for shape in [(16,), (0, 16), (2, 0, 16), (2, 3, 5, 16)]:
+        assert packed_linear(torch.randn(shape), packed, alphas, None).shape == (*shape[:-1], 8)
+    x = torch.randn(16, 6).t()  # strided
+    assert torch.allclose(
+        packed_linear(x, packed, alphas, None), packed_linear_plain(x, packed, alphas, None), atol=1e-5
+    )
+
+
+def test_little_memory():
+    """A layer of 9 MB packed (dense bf16: 75 MB) runs within 16 MB of what is not input or output."""
+    x, packed, alphas = torch.randn(2, 4096).bfloat16(), torch.zeros(2304, 4096, dtype=torch.uint8), torch.ones(1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        terdit._scratch.bytes = torch.empty(0, dtype=torch.uint8)
+        packed_linear(x, packed, alphas, None)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 6e6 < peak < 16e6
+
+
+def test_operator():
+    """What torch.compile needs: schema, a fake implementation that agrees, no hidden aliases; and one graph."""
+    args = torch.randn(3, 16), pack_ternary(torch.randint(-1, 2, (8, 16))), torch.ones(1), torch.randn(8)
+    torch.library.opcheck(torch.ops.terdit.packed_linear.default, args)
+    layer = terdit.PackedTernaryLinear(16, 8).requires_grad_(False)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(args[0]), layer(args[0]))
+
+
+def test_layer_with_gradients():
+    """Where a gradient is wanted, the path that has one runs."""
+    layer = terdit.PackedTernaryLinear(16, 8).requires_grad_(False)
+    x = torch.randn(3, 16, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, terdit.unpack_ternary(layer.weight).float().sum(0).expand(3, 16))
+    with pytest.raises(ValueError, match=r"x of \(..., 16\) wanted"):
+        layer(torch.randn(3, 17))
+
+
+def test_environment(monkeypatch):
+    assert terdit.packed_path("cpu", torch.bfloat16) == "blocks"
+    assert terdit.packed_path("cpu", torch.float64) == "plain"
+    monkeypatch.setenv("TERDIT_KERNEL", "off")
+    assert terdit.packed_path("cpu", torch.bfloat16) == "plain"
+    monkeypatch.setenv("TERDIT_KERNEL", "mma:64")
+    assert terdit.forced_kernel() == ("mma", 64)
+    for wrong in ("fast", "mma:x"):
+        monkeypatch.setenv("TERDIT_KERNEL", wrong)
+        with pytest.raises(ValueError, match="expected off, auto, naive"):
+            terdit.forced_kernel()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_once():
+    terdit.cuda_kernel.cache_clear()
+    terdit._announce.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert [terdit.packed_path("cuda", torch.bfloat16) for _ in range(3)] == ["plain"] * 3
+    assert len(seen) == 1 and "kernel.cu is not used (" in str(seen[0].message)
+    terdit.cuda_kernel.cache_clear()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+REAL = [("auto", 0, M, N, K) for M in (1, 2, 16, 17, 511, 1000) for N, K in [(9216, 1024), (1536, 4096), (3072, 3072)]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("cases", [CASES, REAL], ids=["small", "real"])
+def test_gpu(cases):
+    library, major = terdit.cuda_kernel(), torch.cuda.get_device_capability()[0]
+    assert library, "kernel.cu did not build"
+    for kernel, tokens, M, N, K in cases:
+        for dtype in HALF if kernel != "wgmma" or major == 9 else ():
+            *args, want = (z.cuda() for z in case(M, N, K, dtype))
+            torch.full((M, N), float("nan"), dtype=dtype, device="cuda")  # the allocator hands this memory out again
+            got = launch_kernel(library, *args, kernel, tokens)
+            exact = torch.equal(got.double(), want) and torch.equal(got, launch_kernel(library, *args, kernel, tokens))
+            assert exact, (kernel, tokens, M, N, K, dtype)
