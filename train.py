@@ -10,22 +10,11 @@ the step and a sample's place in the batch: a resumed run equals an uninterrupte
 and more processes change no more than the order of additions.
 """
 
-import argparse
-import colorsys
-import csv
-import json
-import math
-import os
-import shutil
-import signal
-import sys
-import time
-import warnings
+import argparse, colorsys, csv, json, math, os, shutil, signal, sys, time, warnings  # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +34,6 @@ from terdit import atomic_write, load_model, pack_model, save_checkpoint, unpack
 DEMO = dict(batch=16, steps=4500, lr=4e-3, warmup=50, ema=0.995, betas=(0.9, 0.99), image_size=24)
 PAPER = dict(batch=256, steps=1_750_000, lr=1e-4, warmup=1000, ema=0.9999, betas=(0.9, 0.999), image_size=32)
 STATE, CACHE = "terdit-state-2", "terdit-cache-1"
-SAME = ("batch", "lr", "seed", "init", "dtype")  # flags that must not change within a run
 UNREAD, BROKEN = -2, -1  # labels of images that are not in the cache yet, and that cannot be
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,12 +109,11 @@ def read_image(path, size):
         print(f"{path}: left out, cannot be read ({type(e).__name__}: {e})", file=sys.stderr)
 
 
-@lru_cache(maxsize=1)
 def load_encoder(name, device):
-    """-> what turns images (n, 3, H, W) uint8 into rows of the cache, and the latents' scale.
+    """-> function of images (n, 3, H, W) uint8 to rows of a cache, and the latents' scale.
 
-    Rows are the images (n, 1, 3, H, W), or with a VAE (a diffusers model or folder) scaled latents, plain and mirrored,
-    (n, 2, C, h, w) fp16: the means that the VAE gives, whose own spread is small against theirs.
+    Rows are the images themselves, (n, 1, 3, H, W), or with a VAE (a diffusers model or folder) scaled latents, plain
+    and mirrored, (n, 2, C, h, w) fp16: the means that the VAE gives, whose own spread is small against theirs.
     """
     if not name:
         return lambda images: images[:, None], 1.0
@@ -147,13 +134,35 @@ def load_encoder(name, device):
     return encode, vae.config.scaling_factor
 
 
-def read_header(cache, **wanted):
-    """header.json of a cache, or ValueError that names the first field that is not as `wanted` (None: any will do)."""
-    header = json.loads((cache / "header.json").read_text())
-    for field, here in wanted.items():
+class Images:
+    """x (n, 1, 3, H, W) uint8 or latents (n, 2, C, h, w) fp16, labels (n,), in memory or mapped; header: what they are.
+
+    [index (n,), flip (n,) bool] -> x0 (n, C, H, W) fp32, images in [-1, 1] or latents; labels (n,) int64.
+    """
+
+    def __init__(self, x, labels, header):
+        self.x, self.labels, self.header, self.shape = x, labels, header, x.shape[2:]
+
+    def __getitem__(self, index_flip):
+        index, flip = index_flip
+        labels = torch.from_numpy(self.labels[index])
+        if self.x.dtype != np.uint8:
+            return torch.from_numpy(self.x[index, flip.long()]).float(), labels
+        x0 = torch.from_numpy(self.x[index, 0]).float() / 127.5 - 1
+        return torch.where(flip[:, None, None, None], x0.flip(-1), x0), labels
+
+
+def open_cache(cache, mode="r", **wanted):
+    """The folder that make_cache made -> Images. ValueError names what is damaged or not as `wanted` (None: any)."""
+    try:
+        header = json.loads((cache / "header.json").read_text())
+        images = Images(*(np.load(cache / f"{name}.npy", mmap_mode=mode) for name in ("x", "labels")), header)
+    except (OSError, ValueError, EOFError) as e:
+        raise ValueError(f"{cache}: cut short or damaged ({e}); delete it to read the images again") from None
+    for field, here in (wanted | {"format": CACHE}).items():
         if here is not None and header.get(field) != here:
             raise ValueError(f"{cache} was made with {field}={header.get(field)!r}, this command says {here!r}")
-    return header
+    return images
 
 
 def make_cache(args, cache):
@@ -169,96 +178,64 @@ def make_cache(args, cache):
     names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
         raise ValueError(f"--data {folder}: expected one subfolder of images a class, found no subfolder")
-    wanted = dict(format=CACHE, vae=args.vae, image_size=args.image_size, class_names=names)
-    blank = np.zeros((3, args.image_size, args.image_size), np.uint8)
+    header = dict(format=CACHE, vae=args.vae, image_size=args.image_size, class_names=names)
+    blank, (encode, scale) = np.zeros((3, *[args.image_size] * 2), np.uint8), load_encoder(args.vae, args.device)
     if rank == 0 and not (cache / "header.json").is_file():
-        endings, files = Image.registered_extensions(), []
-        for label, name in enumerate(names):
-            found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in endings)
-            files += [(str(f.relative_to(folder)), label) for f in found]
+        endings, row = Image.registered_extensions(), encode(blank[None])[0]
+        found = [(label, f) for label, name in enumerate(names) for f in sorted((folder / name).rglob("*"))]
+        files = [(str(f.relative_to(folder)), label) for label, f in found if f.suffix.lower() in endings]
         if not files:
             raise ValueError(f"--data {folder}: its {len(names)} class folders hold no images")
-        encode, scale = load_encoder(args.vae, args.device)
-        row = encode(blank[None])[0]
         cache.mkdir(exist_ok=True)
         np.lib.format.open_memmap(cache / "x.npy", "w+", row.dtype, (len(files), *row.shape)).flush()
+        with open(cache / "x.npy", "r+b") as file:  # of a full disk a mapped file would learn by a bus error
+            getattr(os, "posix_fallocate", lambda *a: None)(file.fileno(), 0, os.path.getsize(file.name))
         np.save(cache / "labels.npy", np.full(len(files), UNREAD))
-        header = json.dumps(wanted | dict(latent_scale=scale, source=str(folder), files=files)).encode()
-        atomic_write(cache / "header.json", lambda file: file.write(header))
+        text = json.dumps(header | dict(latent_scale=scale, source=str(folder), files=files)).encode()
+        atomic_write(cache / "header.json", lambda file: file.write(text))
     barrier()
-    files, (x, labels) = read_header(cache, **wanted)["files"], open_cache(cache, "r+")
-    todo = np.flatnonzero(labels == UNREAD)[rank::world]
-    if len(todo):
-        encode, _ = load_encoder(args.vae, args.device)
-        progress = Progress(len(todo), "reading images")
-        with ThreadPoolExecutor(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
-            images = pool.map(lambda i: read_image(folder / files[i][0], args.image_size), todo)
-            while len(todo):
-                part, todo = todo[:16], todo[16:]
-                read = list(islice(images, 16))
-                x[part] = encode(np.stack([blank if z is None else z for z in read]))
-                x.flush()  # before it is called done
-                labels[part] = [BROKEN if z is None else files[i][1] for i, z in zip(part, read)]
-                progress(len(part))
+    images = open_cache(cache, "r+", **header)
+    todo, files = np.flatnonzero(images.labels == UNREAD)[rank::world], images.header["files"]
+    parts, progress = [todo[i : i + 16] for i in range(0, len(todo), 16)], Progress(len(todo), "reading images")
+    with ThreadPoolExecutor(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
+        start = lambda part: pool.map(lambda i: read_image(folder / files[i][0], args.image_size), part)
+        ahead = [start(part) for part in parts[:1]]
+        for part, after in zip(parts, [*parts[1:], []]):
+            read, ahead = list(*ahead), [start(after)]  # the next ones are read while these are encoded
+            images.x[part] = encode(np.stack([blank if z is None else z for z in read]))
+            images.x.flush()  # before they are called done
+            images.labels[part] = [BROKEN if z is None else files[i][1] for i, z in zip(part, read)]
+            progress(len(part))
     barrier()
-
-
-def open_cache(cache, mode):
-    """-> x (n, 1 or 2, C, H, W), labels (n,) of a cache, memory-mapped."""
-    try:
-        return [np.load(cache / name, mmap_mode=mode) for name in ("x.npy", "labels.npy")]
-    except (OSError, ValueError, EOFError) as e:
-        raise ValueError(f"{cache}: cut short or damaged ({e}); delete it to read the images again") from None
-
-
-class Images:
-    """x (n, 1, 3, H, W) uint8 or (n, 2, C, h, w) fp16, labels (n,): arrays in memory or mapped.
-
-    [index (n,), flip (n,) bool] -> x0 (n, C, H, W) fp32, images in [-1, 1] or latents; labels (n,) int64.
-    """
-
-    def __init__(self, x, labels):
-        self.x, self.labels, self.shape = x, labels, x.shape[2:]
-
-    def __getitem__(self, index_flip):
-        index, flip = index_flip
-        labels = torch.from_numpy(self.labels[index])
-        if self.x.dtype != np.uint8:
-            return torch.from_numpy(self.x[index, flip.long()]).float(), labels
-        x0 = torch.from_numpy(self.x[index, 0]).float() / 127.5 - 1
-        return torch.where(flip[:, None, None, None], x0.flip(-1), x0), labels
 
 
 def load_data(args):
-    """-> Images, their header, whether a mirrored image is as good, the indices that are learned from, and what is held
-    out of one image in 100, at most 256: x0 (m, C, H, W), labels (m,), or None."""
+    """-> Images, whether a mirrored one is as good, the indices that are learned from, and what is held out, one image
+    in 100 and at most 256: x0 (m, C, H, W) and labels (m,), or None."""
     if not args.data:
-        (x, labels), held_out = digits(12000, args.image_size, args.seed), digits(256, args.image_size, args.seed + 1)
+        (x, labels), held_out = (digits(n, args.image_size, args.seed + i) for i, n in enumerate((12000, 256)))
         x = ((x + 1) * 127.5).round().byte()[:, None].numpy()
-        header = dict(class_names=[str(i) for i in range(10)])
-        return Images(x, labels.numpy()), header, False, torch.arange(len(x)), held_out
+        images = Images(x, labels.numpy(), dict(class_names=[str(i) for i in range(10)]))
+        return images, False, torch.arange(len(x)), held_out
     cache = Path(args.data)
     if not (cache / "header.json").is_file():
         cache = args.out / f"{'latents' if args.vae else 'images'}-{args.image_size}"
-        make_cache(args, cache)
-    header, (x, labels) = (
-        read_header(cache, format=CACHE, vae=args.vae, image_size=args.image_size),
-        open_cache(cache, "r"),
-    )
-    if (labels == UNREAD).any():
-        raise ValueError(
-            f"{cache}: {(labels == UNREAD).sum()} of {len(x)} images are not in it yet: run what made it again"
-        )
-    images, keep = Images(x, labels), torch.from_numpy(np.flatnonzero(labels != BROKEN))
+        if not (cache / "header.json").is_file() or (open_cache(cache).labels == UNREAD).any():
+            make_cache(args, cache)
+    images = open_cache(cache, vae=args.vae, image_size=args.image_size)
+    names, n = images.header["class_names"], len(images.labels)
+    if unread := (images.labels == UNREAD).sum():
+        raise ValueError(f"{cache}: {unread} of {n} images are not in it yet: run the command that made it again")
+    keep = torch.from_numpy(np.flatnonzero(images.labels != BROKEN))
     if not len(keep):
-        raise ValueError(f"--data {args.data}: none of its {len(x)} images can be read")
-    for missing in sorted(set(range(len(header["class_names"]))) - set(labels.tolist())):
-        print(f"class {header['class_names'][missing]!r} has no image that can be read: it will not be learned")
-    print(f"{len(keep)} images of {len(header['class_names'])} classes of {header['source']}, {len(x) - len(keep)} left out, "
+        raise ValueError(f"--data {args.data}: none of its {n} images can be read")
+    for label in sorted(set(range(len(names))) - set(images.labels.tolist())):
+        print(f"class {names[label]!r} has no image that can be read: it will not be learned")
+    print(f"{len(keep)} images of {len(names)} classes of {images.header['source']}, {n - len(keep)} left out, "
           f"from {cache}: delete it to read them again")  # fmt: skip
     keep = keep[torch.randperm(len(keep), generator=generator(args.seed, 2))]
     n = min(256, len(keep) // 100)
-    return images, header, True, keep[n:].sort().values, images[keep[:n], torch.zeros(n).bool()] if n else None
+    return images, True, keep[n:].sort().values, images[keep[:n], torch.zeros(n).bool()] if n else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,7 +252,7 @@ def draw_batch(data, config, args, diffusion, step):
 
     Every process draws the numbers of the whole batch, and keeps its own slice of it.
     """
-    (images, _, mirror, train, _), n = data, args.batch
+    (images, mirror, train, _), n = data, args.batch
     rng, (rank, world) = generator(args.seed, 1, step), ranks()
     places = [divmod(p, len(train)) for p in range(step * n, (step + 1) * n)]
     index = train[[int(epoch_order(args.seed, epoch, len(train))[p]) for epoch, p in places]]
@@ -475,7 +452,10 @@ def reason(e):
 
 
 def load_tensors(path, tensors):
-    """Fill tensors, in place, from a state folder that any number of processes wrote. Its index is a pickle: load only your own."""
+    """Fill tensors, in place, from a state folder that any number of processes wrote.
+
+    Its index is a pickle, which can run code: load only your own. (What is shared is packed.pt.)
+    """
     try:
         dcp.load(tensors, checkpoint_id=path)
     except (dcp.api.CheckpointException, OSError, ValueError, RuntimeError) as e:
@@ -483,24 +463,23 @@ def load_tensors(path, tensors):
 
 
 def check_state(path, about):
-    """The step of the state in `path` if it is the run that `about` says, or ValueError that names what differs."""
+    """The step of the state in `path` if it is of the run that `about` says, or ValueError that names what differs."""
     try:
         state = json.loads((path / "run.json").read_text())
-        flat = lambda d: {k: d[k] for k in ("format", "images")} | d["config"] | {k: d["args"][k] for k in SAME}
-        here, there, steps = flat(about), flat(state), (state["step"], state["args"]["steps"], about["args"]["steps"])
+        there, step, steps, version = state["config"] | state, state["step"], state["steps"], state["torch"]
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise ValueError(f"{path}: damaged ({e!r}); delete it to go on from the one before, or --fresh") from None
-    for field in here:
-        if here[field] != there.get(field):
-            difference = f"{field}={there.get(field)!r}, this command says {here[field]!r}"
+    for field, here in (about["config"] | about).items():
+        if field not in ("step", "steps", "torch") and here != there.get(field):
+            difference = f"{field}={there.get(field)!r}, this command says {here!r}"
             raise ValueError(f"{path} was trained with {difference}: use the same, another --out, or --fresh")
-    if steps[0] > steps[2]:
-        raise ValueError(f"{path} is at step {steps[0]} already, --steps says {steps[2]}")
-    if steps[1] != steps[2]:
-        print(f"note: planned for {steps[1]} steps before, now {steps[2]}: the learning rate follows")
-    if state["torch"] != torch.__version__:
-        print(f"note: {path} is by torch {state['torch']}, this is {torch.__version__}: the last bits may differ")
-    return steps[0]
+    if step > about["steps"]:
+        raise ValueError(f"{path} is at step {step} already, --steps says {about['steps']}")
+    if steps != about["steps"]:
+        print(f"note: planned for {steps} steps before, now {about['steps']}: the learning rate follows")
+    if version != about["torch"]:
+        print(f"note: {path} was written by torch {version}, this is {about['torch']}: the last bits may differ")
+    return step
 
 
 def open_log(path, step):
@@ -559,7 +538,7 @@ def main(argv=None):
     base, init_state = read_init(args.init) if args.init else (Config(**SIZES[args.size or "tiny"]), None)
     recipe = dict(DEMO if base.prediction == "v" else PAPER)
     if args.data and (Path(args.data) / "header.json").is_file():
-        recipe["image_size"] = read_header(Path(args.data))["image_size"]
+        recipe["image_size"] = open_cache(Path(args.data)).header["image_size"]
     elif base.vae and not args.vae:
         raise ValueError(f"--init {args.init} works on {base.in_channels} channels, latents of {base.vae}: add --vae")
     elif args.vae or args.init:
@@ -582,13 +561,13 @@ def main(argv=None):
 
     # Data, model, optimizer, EMA, and the state of an earlier run if there is one
     data = load_data(args)
-    images, header, _, train, held_out = data
-    class_names, n_images = header["class_names"], len(images.labels)
+    images, _, _, held_out = data
+    header, class_names = images.header, images.header["class_names"]
+    large_dit = args.full_precision and not args.init  # has no norm there; what is fine-tuned keeps what it has
     config = replace(base, in_channels=images.shape[0], input_size=images.shape[1], num_classes=len(class_names),
                      class_names=class_names, vae=header.get("vae"), ternary=not args.full_precision,
                      latent_scale=header.get("latent_scale", base.latent_scale),
-                     # Large-DiT has no norm there; a model that is fine-tuned keeps what it has.
-                     adaln_norm=base.adaln_norm and not args.no_adaln_norm and (not args.full_precision or bool(args.init)))  # fmt: skip
+                     adaln_norm=base.adaln_norm and not (args.no_adaln_norm or large_dit))  # fmt: skip
     if args.init and base.class_names != class_names:
         init_state = {k: v for k, v in init_state.items() if not k.startswith("y_embedder.")}
         print(f"new label table: {args.init} has {base.num_classes} classes, here are {len(class_names)}")
@@ -600,11 +579,11 @@ def main(argv=None):
     if world > 1:
         shard(model, args.device)
         shard(ema.module, args.device)
+    compiled = args.compile and can_compile(args.device)
     for layer in model.layers:
         if args.checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    if args.compile and can_compile(args.device):
-        for layer in model.layers:
+        if compiled:
             layer.compile(dynamic=False)
     diffusion = GaussianDiffusion(prediction=config.prediction)
     optimizer = make_optimizer(model, args.lr, recipe["betas"])
@@ -614,14 +593,14 @@ def main(argv=None):
         zeros = [torch.zeros_like(p.detach()) for _ in range(2)]
         optimizer.state[p] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.zeros((), device=p.device), *zeros)))
         tensors |= {f"{k}.{name}": v for k, v in optimizer.state[p].items()}
-    about = lambda step: dict(format=STATE, step=step, torch=torch.__version__, images=n_images, config=asdict(config),
-                              args=vars(args) | {"out": str(args.out)})  # fmt: skip
+    about = dict(format=STATE, config=asdict(config), images=len(images.labels), torch=str(torch.__version__))
+    about |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "seed", "init", "dtype")}
     step = 0
     if found := states(args.out):
-        step = check_state(found[-1], about(0))
+        step = check_state(found[-1], about)
         load_tensors(found[-1], tensors)
     micro = args.micro_batch or (32 if n_params > 200e6 else args.batch)
-    print(f"{n_params / 1e6:.2f}M parameters{' in full precision' * args.full_precision}, {n_images} images of "
+    print(f"{n_params / 1e6:.2f}M parameters{' in full precision' * args.full_precision}, {len(images.labels)} images of "
           f"{args.image_size}x{args.image_size}, steps {step}-{args.steps} of {args.batch} images, "
           f"{f'{world} x ' * (world > 1)}{args.device} {args.dtype}, in {args.out}")  # fmt: skip
 
@@ -634,12 +613,10 @@ def main(argv=None):
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae and grid else None
 
     def draw_grid(model, path):  # on all processes, which hold a part of the weights each
-        columns = min(10, config.num_classes, grid)
         y = torch.arange(grid) % min(10, config.num_classes)
-        progress = Progress(grid * STEPS) if rank == 0 else None
-        sheet = sample_images(model.eval(), y, args.seed, decode=decode, progress=progress)
+        sheet = sample_images(model.eval(), y, args.seed, decode=decode, progress=Progress(grid * STEPS))
         if rank == 0:
-            save_grid(sheet, columns, path)
+            save_grid(sheet, min(10, config.num_classes, grid), path)
 
     def losses(model, x0, t, y, noise):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
@@ -724,16 +701,14 @@ def main(argv=None):
                 row["val_loss"] = validate()
             log.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
             total = 0
-        if saving and step < args.steps:
-            save_state(args.out, tensors, about(step), args.keep_every)
+        if saving or stopped:
+            save_state(args.out, tensors, about | {"step": step}, args.keep_every)
         if grid and step % sample_every == 0 and step < args.steps:
             before = time.time()
             draw_grid(ema.module, args.out / f"grid-{step:07d}.png")
             start += time.time() - before  # not training time
     print()
     pool.shutdown(cancel_futures=True)
-    if step:
-        save_state(args.out, tensors, about(step), args.keep_every)
     for s, handler in usual.items():
         signal.signal(s, handler)
     if stopped:
@@ -741,11 +716,8 @@ def main(argv=None):
         sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
     name = args.out / ("full.pt" if args.full_precision else "packed.pt")
-    weights = {}
-    for k, v in tensors.items():
-        if k.startswith("ema."):
-            v = whole(v)  # one at a time, on all processes
-            weights |= {k[4:]: v.cpu()} if rank == 0 else {}
+    weights = ((k[4:], whole(v)) for k, v in tensors.items() if k.startswith("ema."))  # one at a time, by all processes
+    weights = {k: v.cpu() for k, v in weights if rank == 0}
     if world > 1:
         dist.destroy_process_group()
     if rank:
@@ -756,8 +728,7 @@ def main(argv=None):
     save_checkpoint(name, model if args.full_precision else pack_model(model))
     print(f"{name}: {name.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {4 * n_params / 1e6:.2f} MB")
     if grid:
-        grid_model = load_model(name, args.device)  # the picture comes from the file
-        draw_grid(grid_model, args.out / "grid.png")
+        draw_grid(load_model(name, args.device), args.out / "grid.png")  # the picture comes from the file
         print(f"{args.out / 'grid.png'}: samples of {name.name}")
 
 

@@ -44,7 +44,20 @@ class Faults:
         self.want = self.end("whole")
 
     def start(self, name):
-        flags = ["--steps", self.steps, "--save-every", 2, "--batch", 4, "--image-size", 8, "--grid", 0, "--dtype", "fp32"]
+        flags = [
+            "--steps",
+            self.steps,
+            "--save-every",
+            2,
+            "--batch",
+            4,
+            "--image-size",
+            8,
+            "--grid",
+            0,
+            "--dtype",
+            "fp32",
+        ]
         command = [sys.executable, "-c", SMALL, *map(str, flags), "--out", str(self.folder / name)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
         process.stdout.readline()  # imports are done
@@ -55,7 +68,11 @@ class Faults:
         index = train.dcp.FileSystemReader(state).read_metadata().state_dict_metadata
         tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in index.items()}
         train.load_tensors(state, tensors)
-        return json.loads((state / "run.json").read_text())["step"], tensors, (self.folder / name / "packed.pt").read_bytes()
+        return (
+            json.loads((state / "run.json").read_text())["step"],
+            tensors,
+            (self.folder / name / "packed.pt").read_bytes(),
+        )
 
     def run(self, seed):
         """Kill, restart, ... -> how often it was killed, how often while it was saving, and whether the end is the same."""

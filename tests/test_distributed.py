@@ -37,7 +37,9 @@ def train_on(n, out, *flags, check=True, stop_after=None):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
     command = [sys.executable, "-u", *launch, str(script), *FLAGS, "--out", str(out), *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         if stop_after:
             while not (line := process.stdout.readline()).startswith(stop_after):
                 assert line, process.stderr.read()
