@@ -306,14 +306,18 @@ def parse_args(argv=None):
          "of latents and for large models on a CPU")
     flag("--checkpointing", action="store_true", help="compute a block's activations twice instead of keeping them")
     flag("--compile", action="store_true", help="torch.compile the blocks: faster after half a minute")
+    flag("--plan", action="store_true", help="print what a step will take in memory and work, and stop")
+    flag("--gpus", type=positive, metavar="N", help="GPUs that --plan is for; default: this device")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--dtype", choices=["fp32", "bf16"], help="of matmuls; default bf16 where the hardware has it")
     # fmt: on
     args = p.parse_args(argv)
     if args.lr is not None and not args.lr > 0:
         p.error(f"argument --lr: got {args.lr}, expected a number above 0")
-    if args.vae and not args.data:
+    if args.vae and not args.data and not args.plan:
         p.error("argument --vae: needs --data")
+    if args.gpus and not args.plan:
+        p.error("argument --gpus: is for --plan; torchrun says on how many GPUs to train")
     check_common(p, args)
     if args.grid is not None and args.grid < 0:
         p.error(f"argument --grid: got {args.grid}, expected 0 or more")
@@ -523,6 +527,43 @@ def first_bad_layer(model, forward):
     return bad[0] if bad else None
 
 
+def plan(args, config):
+    """Print what a step of training takes. Shapes alone go through the model (torch's fake tensors): nothing is held."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    gpus, on_gpu = args.gpus or 1, bool(args.gpus) or args.device == "cuda"
+    held, size, n_tokens = {}, config.input_size, (config.input_size // config.patch_size) ** 2
+
+    def note(z):  # what the backward pass waits for; a GPU's attention keeps no matrix of tokens by tokens
+        if z.untyped_storage()._cdata not in weights and not (on_gpu and z.shape[-2:] == (n_tokens, n_tokens)):
+            held[z.untyped_storage()._cdata] = z.untyped_storage()
+        return z
+
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16"):
+        model = DiT(config)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        n, block = (4 * sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))  # bytes, fp32
+        micro = min(args.micro_batch or (32 if n > 800e6 else args.batch), -(-args.batch // gpus))
+        x, t = torch.empty(micro, config.in_channels, size, size), torch.zeros(micro, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda z: z), FlopCounterMode(display=False) as counter:
+            model(x, t, t)
+    activations = sum(s.nbytes() for s in held.values())
+    if args.checkpointing:  # one block's, and what goes into each
+        activations = activations / config.n_layers + config.n_layers * micro * n_tokens * config.dim * 4
+    rows = {"weights": n / gpus, "gradients": n / gpus, "optimizer": 2 * n / gpus, "averaged weights": n / gpus}
+    rows |= {f"activations, {micro} images at a time": activations, "gathered blocks": 3 * block * (gpus > 1)}
+    print(
+        f"{n / 4e6:,.1f}M parameters; batch {args.batch} on {gpus} {'GPU' if on_gpu else 'CPU'}, {args.dtype}; each holds"
+    )
+    for name, size in [*rows.items(), ("in all", sum(rows.values()))]:
+        print(f"  {name:<36}{size / 1e9:9.2f} GB")
+    flops = 3 * counter.get_total_flops() / micro  # forward, and twice as much backward
+    rate = 0.4 * 989e12 * gpus / flops
+    print(f"{flops / 1e12:.3f} TFLOP an image; {86400 * rate / 1e6:,.1f}M images a day if the GPUs are H100 or H200 and "
+          f"reach 40% of their 989 TFLOP/s")  # fmt: skip
+
+
 def main(argv=None):
     args = parse_args(argv)
     warnings.filterwarnings("ignore", module="PIL|torch.distributed")  # odd but readable images; one process is fine
@@ -548,7 +589,10 @@ def main(argv=None):
             setattr(args, name, recipe[name])
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not split evenly over {world} processes")
-    args.dtype = args.dtype or ("bf16" if bf16_is_fast(args.device) else "fp32")
+    args.dtype = args.dtype or ("bf16" if args.gpus else None) or ("bf16" if bf16_is_fast(args.device) else "fp32")
+    if args.plan:
+        shape = dict(in_channels=4, input_size=args.image_size // 8) if args.vae else dict(input_size=args.image_size)
+        return plan(args, replace(base, **shape, ternary=not args.full_precision))
     args.out = Path(args.out or ("runs/fine-tuned" if args.init else f"runs/{args.size or 'tiny'}"))
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)

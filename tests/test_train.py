@@ -143,12 +143,15 @@ def test_image_folder(tmp_path, capsys):
     (b / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     (b / "cut.jpg").write_bytes((a / "rgb.jpg").read_bytes()[:300])
     (b / "notes.txt").write_text("not an image")
+    save_image(b / "huge.png", "1", (15000, 15000))  # a decompression bomb, to Pillow
+    (b / "link.png").symlink_to(b / "gone.png")
     images, mirror, index, _ = load_folder(tmp_path, 16)
     x0, labels = images[index, torch.zeros(8, dtype=torch.bool)]
     assert images.header["class_names"] == ["apple", "pear"] and labels.tolist() == [0] * 5 + [1] * 3 and mirror
     assert x0.shape == (8, 3, 16, 16) and torch.equal(images[index, torch.ones(8, dtype=torch.bool)][0], x0.flip(-1))
     shown = capsys.readouterr()
-    assert "broken.png: left out" in shown.err and "cut.jpg: left out" in shown.err and "notes.txt" not in shown.err
+    assert all(f"{name}: left out" in shown.err for name in ("broken.png", "cut.jpg", "huge.png", "link.png"))
+    assert "notes.txt" not in shown.err and "8 images of 2 classes" in shown.out and "4 left out" in shown.out
     means = {
         f: ((x0[i].double().mean((1, 2)) + 1) * 127.5).round().tolist()
         for i, f in enumerate(["deep", "grey", "palette", "pixel", "rgb"])
