@@ -440,9 +440,10 @@ def save_state(out, tensors, about, keep_every):
             atomic_write(beside / "run.json", lambda file: file.write(json.dumps(about).encode()))
             os.rename(beside, path)
     except (dcp.api.CheckpointException, OSError) as e:
+        free = shutil.disk_usage(out).free / 1e6  # torch hides a full disk behind "unexpected pos"
         shutil.rmtree(beside, ignore_errors=True)
         kept = f"{states(out)[-1]} is whole" if states(out) else "nothing was saved before"
-        raise OSError(f"{path}: cannot be written ({reason(e)}); {kept}") from None
+        raise OSError(f"{path}: cannot be written ({reason(e)}; {free:,.0f} MB free); {kept}") from None
     for old in states(out)[:-2] if first else []:
         if not (keep_every and int(old.name[6:]) % keep_every == 0):
             shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # renamed first: half a state must not look whole
@@ -514,17 +515,12 @@ def sample_codes(model):
 def first_bad_layer(model, forward):
     """Name of the first module that puts out something not finite in forward(), or None."""
     bad = []
-
-    def look(name, out):
-        if not bad and isinstance(out, torch.Tensor) and not out.isfinite().all():
-            bad.append(name or "the whole model")
-
     for name, module in model.named_modules():
         module._compiled_call_impl = None  # hooks do not reach into compiled code
-        module.register_forward_hook(lambda module, x, out, name=name: look(name, out))
+        module.register_forward_hook(lambda module, x, out, name=name: bad.extend([name] * (not out.isfinite().all())))
     with torch.no_grad():
         forward()
-    return bad[0] if bad else None
+    return next(filter(None, bad), None)  # the model itself, which has no name, puts out what its last layer does
 
 
 def plan(args, config):

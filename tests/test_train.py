@@ -418,6 +418,19 @@ def test_micro_batches_change_nothing_but_memory(tmp_path):
     assert all(torch.allclose(one[k], two[k], atol=1e-4) for two in others for k in one)
 
 
+def test_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--size", "4.2B", "--plan", "--gpus", "8", "--checkpointing"])
+    shown = capsys.readouterr().out
+    rows = {line[:38].strip(): float(line.split()[-2]) for line in shown.splitlines()[1:-1]}
+    assert "4,238.0M parameters; batch 256 on 8 GPU" in shown and os.listdir(tmp_path) == []
+    assert (rows["weights"], rows["optimizer"]) == (2.12, 4.24)  # 4 and 8 bytes of 4.238e9 over 8
+    assert rows["in all"] == pytest.approx(sum(v for k, v in rows.items() if k != "in all"), abs=0.05)
+    # By hand: 32 layers, 256 tokens, 4 square matrices and 3 of 3072 x 8192, 2 FLOP a weight, three passes.
+    by_hand = 3 * 32 * 256 * 2 * (4 * 3072**2 + 3 * 3072 * 8192) / 1e12
+    assert by_hand < float(shown.splitlines()[-1].split()[0]) < 1.05 * by_hand
+
+
 def test_latents_made_from_codes_round_back():
     model = load_model(FOLDERS["terdit"], n_heads=4)
     for module in model.modules():
