@@ -524,7 +524,7 @@ def first_bad_layer(model, forward):
 
 
 def plan(args, config):
-    """Print what a step of training takes. Shapes alone go through the model (torch's fake tensors): nothing is held."""
+    """Print what a step of training takes. Shapes alone go through the model, as torch's fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -549,15 +549,14 @@ def plan(args, config):
         activations = activations / config.n_layers + config.n_layers * micro * n_tokens * config.dim * 4
     rows = {"weights": n / gpus, "gradients": n / gpus, "optimizer": 2 * n / gpus, "averaged weights": n / gpus}
     rows |= {f"activations, {micro} images at a time": activations, "gathered blocks": 3 * block * (gpus > 1)}
-    print(
-        f"{n / 4e6:,.1f}M parameters; batch {args.batch} on {gpus} {'GPU' if on_gpu else 'CPU'}, {args.dtype}; each holds"
-    )
+    print(f"{n / 4e6:,.1f}M parameters; batch {args.batch} on {gpus} {'GPU' if on_gpu else 'CPU'}, {args.dtype}; "
+          f"each holds")  # fmt: skip
     for name, size in [*rows.items(), ("in all", sum(rows.values()))]:
         print(f"  {name:<36}{size / 1e9:9.2f} GB")
     flops = 3 * counter.get_total_flops() / micro  # forward, and twice as much backward
     rate = 0.4 * 989e12 * gpus / flops
-    print(f"{flops / 1e12:.3f} TFLOP an image; {86400 * rate / 1e6:,.1f}M images a day if the GPUs are H100 or H200 and "
-          f"reach 40% of their 989 TFLOP/s")  # fmt: skip
+    print(f"{flops / 1e12:.3f} TFLOP an image; {86400 * rate / 1e6:,.1f}M images a day if the GPUs are H100 or H200 "
+          f"and reach 40% of their 989 TFLOP/s")  # fmt: skip
 
 
 def main(argv=None):
@@ -640,9 +639,9 @@ def main(argv=None):
         step = check_state(found[-1], about)
         load_tensors(found[-1], tensors)
     micro = args.micro_batch or (32 if n_params > 200e6 else args.batch)
-    print(f"{n_params / 1e6:.2f}M parameters{' in full precision' * args.full_precision}, {len(images.labels)} images of "
-          f"{args.image_size}x{args.image_size}, steps {step}-{args.steps} of {args.batch} images, "
-          f"{f'{world} x ' * (world > 1)}{args.device} {args.dtype}, in {args.out}")  # fmt: skip
+    print(f"{n_params / 1e6:.2f}M parameters{' in full precision' * args.full_precision}, "
+          f"{(images.labels >= 0).sum()} images of {args.image_size}x{args.image_size}, steps {step}-{args.steps} of "
+          f"{args.batch} images, {f'{world} x ' * (world > 1)}{args.device} {args.dtype}, in {args.out}")  # fmt: skip
 
     grid = args.grid
     if grid is None:
@@ -728,8 +727,9 @@ def main(argv=None):
         saving = step % args.save_every == 0 or args.keep_every and step % args.keep_every == 0 or step == args.steps
         if now - shown > (0.5 if live else 15) or step == args.steps:
             shown, left = now, timedelta(seconds=int((args.steps - step) / rate))
-            print(f"{chr(13) * live}step {step}/{args.steps}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {lr:.1e}  "
-                  f"{rate * args.batch:.3g} images/s  ETA {left}   ", end="" if live else "\n", flush=True)  # fmt: skip
+            print(f"{chr(13) * live}step {step}/{args.steps}  loss {total[1] / total[2]:.4f}  grad {grad_norm:.2f}  "
+                  f"lr {lr:.1e}  {rate * args.batch:.3g} images/s  ETA {left}   ",
+                  end="" if live else "\n", flush=True)  # fmt: skip
         if step % 10 == 0 or saving:
             row = dict(step=step, loss=total[1] / total[2], grad_norm=grad_norm, lr=lr, images_per_s=rate * args.batch)
             row |= {f"mse_q{i + 1}": total[i + 3] / total[i + 7] for i in range(4) if total[i + 7]}
