@@ -81,7 +81,7 @@ class Faults:
             process = self.start(name)
             try:
                 # Later each time, so that every run gets done.
-                process.wait(rng.uniform(0.1, 1) * self.seconds * (1 + kills / 8))
+                process.wait(rng.uniform(0.1, 0.6) * self.seconds * (1 + kills / 8))
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
