@@ -34,6 +34,8 @@ bench: $(READY)
 	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel.json
 	$(PYTHON) tests/bench_model.py --json runs/bench_model.json
 	$(PYTHON) tests/bench_qat.py --json runs/bench_qat.json
+	$(PYTHON) tests/bench_data.py --json runs/bench_data.json
+	$(PYTHON) tests/bench_faults.py --json runs/bench_faults.json
 	$(PYTHON) train.py --compile --out runs/demo
 	$(PYTHON) train.py --compile --out runs/demo-full --full-precision
 	$(PYTHON) tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json

@@ -165,7 +165,7 @@ def test_one_line_errors_from_the_shell(tmp_path):
     done = call("sample.py", "--ckpt", tmp_path / "bad.pt", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "bad.pt" in done.stderr and not done.stdout
     done = call("train.py", "--image-size", 26, "--out", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 1 and "--image-size 26 is not a multiple of the patch size 4" in done.stderr
+    assert done.returncode == 1 and "image size 26 is not a multiple of the patch size 4" in done.stderr
     done = call("train.py", "--steps", 0, cwd=tmp_path)
     assert done.returncode == 2 and "argument --steps: got 0" in done.stderr
     done = call("train.py", "--out", tmp_path / "bad.pt", cwd=tmp_path)

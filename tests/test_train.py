@@ -1,11 +1,10 @@
 """Training: the data, determinism, resume to the bit, fine-tuning, and what is refused."""
 
 import csv
+import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import torch.distributed.checkpoint as dcp
+
+import terdit
 import train
-from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, load_model, pack_model, save_checkpoint
+from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, load_model, pack_model
 from terdit import ternarize, unpack_ternary
-from tests.conftest import ROOT
+
 from tests.test_golden import FOLDERS
 
 FAST = ["--batch", "4", "--grid", "0", "--dtype", "fp32", "--image-size", "8"]
@@ -34,9 +36,22 @@ def few_digits(monkeypatch):
         signal.signal(s, handler)
 
 
+def load(folder):
+    """The newest state of a run folder: run.json's entries, and `tensors`."""
+    path = train.states(folder)[-1]
+    index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in index.items()}
+    train.load_tensors(path, tensors)
+    return json.loads((path / "run.json").read_text()) | {"tensors": tensors}
+
+
+def part(state, prefix):
+    return {k.removeprefix(prefix): v for k, v in state["tensors"].items() if k.startswith(prefix)}
+
+
 def run(out, *flags):
     train.main([*FAST, "--out", str(out), *map(str, flags)])
-    return torch.load(out / "state.pt", weights_only=True)
+    return load(out)
 
 
 def same(a, b):
@@ -49,7 +64,7 @@ def same(a, b):
 
 def rows(path):
     with open(path, newline="") as file:
-        return [[float(v) for v in row] for row in list(csv.reader(file))[1:]]
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 # Data
@@ -67,8 +82,8 @@ def test_digits():
 def test_batches_are_epochs():
     args = train.parse_args(["--batch", "7", "--seed", "5"])
     args.batch = 7
-    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 2, 2)
-    data = images, torch.arange(20), [str(i) for i in range(20)], False
+    images = np.tile(np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1, 1), (1, 1, 3, 2, 2))
+    data = train.Images(images, np.arange(20), {}), False, torch.arange(20), None
     config, diffusion = Config(num_classes=20, class_dropout_prob=0.0), GaussianDiffusion()
     labels = torch.cat([train.draw_batch(data, config, args, diffusion, step)[2] for step in range(20)])
     for epoch in labels.view(7, 20):
@@ -80,9 +95,12 @@ def test_batches_are_epochs():
 
 
 def test_labels_are_dropped_at_their_rate():
-    images, args = torch.zeros(1000, 3, 2, 2, dtype=torch.uint8), train.parse_args([])
+    images, args = (
+        train.Images(np.zeros((1000, 1, 3, 2, 2), np.uint8), np.zeros(1000, np.int64), {}),
+        train.parse_args([]),
+    )
     args.batch = 1000
-    data = images, torch.zeros(1000, dtype=torch.long), ["a"], False
+    data = images, False, torch.arange(1000), None
     _, _, y, _ = train.draw_batch(data, Config(num_classes=1, class_dropout_prob=0.1), args, GaussianDiffusion(), 0)
     assert 60 < (y == 1).sum() < 140  # 4 sigma around 100
 
@@ -104,8 +122,15 @@ def save_image(path, mode="RGB", size=(20, 30), colour=None, **options):
     Image.new(mode, size, colour).save(path, **options)
 
 
+def load_folder(folder, size):
+    args = train.parse_args(["--data", str(folder), "--image-size", str(size)])
+    args.out = folder.parent
+    return train.load_data(args)
+
+
 def test_image_folder(tmp_path, capsys):
     """Every mode and format; broken files are named and left out; classes are the folders' names."""
+    tmp_path = tmp_path / "data"
     a, b = tmp_path / "apple", tmp_path / "pear"
     save_image(a / "rgb.jpg", colour=(255, 0, 0))
     save_image(a / "deep.png", "I;16", colour=65535)
@@ -118,12 +143,17 @@ def test_image_folder(tmp_path, capsys):
     (b / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     (b / "cut.jpg").write_bytes((a / "rgb.jpg").read_bytes()[:300])
     (b / "notes.txt").write_text("not an image")
-    images, labels, names = train.load_folder(tmp_path, 16)
-    assert names == ["apple", "pear"] and labels.tolist() == [0] * 5 + [1] * 3 and images.shape == (8, 3, 16, 16)
+    save_image(b / "huge.png", "1", (15000, 15000))  # a decompression bomb, to Pillow
+    (b / "link.png").symlink_to(b / "gone.png")
+    images, mirror, index, _ = load_folder(tmp_path, 16)
+    x0, labels = images[index, torch.zeros(8, dtype=torch.bool)]
+    assert images.header["class_names"] == ["apple", "pear"] and labels.tolist() == [0] * 5 + [1] * 3 and mirror
+    assert x0.shape == (8, 3, 16, 16) and torch.equal(images[index, torch.ones(8, dtype=torch.bool)][0], x0.flip(-1))
     shown = capsys.readouterr()
-    assert "broken.png: left out" in shown.err and "cut.jpg: left out" in shown.err and "notes.txt" not in shown.err
+    assert all(f"{name}: left out" in shown.err for name in ("broken.png", "cut.jpg", "huge.png", "link.png"))
+    assert "notes.txt" not in shown.err and "8 images of 2 classes" in shown.out and "4 left out" in shown.out
     means = {
-        f: images[i].double().mean((1, 2)).round().tolist()
+        f: ((x0[i].double().mean((1, 2)) + 1) * 127.5).round().tolist()
         for i, f in enumerate(["deep", "grey", "palette", "pixel", "rgb"])
     }
     assert means["deep"] == [255] * 3 and means["grey"] == [128] * 3 and means["pixel"] == [0, 0, 255]
@@ -166,10 +196,12 @@ def test_bad_folders(tmp_path, kind, message):
 
 def test_loss_falls_and_files_appear(tmp_path, capsys):
     run(tmp_path, "--steps", 150, "--batch", 16, "--grid", 10, "--sample-every", 100)
-    assert {"state.pt", "packed.pt", "log.csv", "grid.png", "grid-0000100.png"} == set(os.listdir(tmp_path))
+    assert {"state-0000150", "packed.pt", "log.csv", "grid.png", "grid-0000100.png"} == set(os.listdir(tmp_path))
     log = rows(tmp_path / "log.csv")
-    assert [r[0] for r in log] == list(range(10, 151, 10))
-    assert np.mean([r[1] for r in log[-3:]]) < 0.6 * log[0][1]
+    assert [r["step"] for r in log] == list(range(10, 151, 10))
+    assert np.mean([r["loss"] for r in log[-3:]]) < 0.6 * log[0]["loss"]
+    assert 0 < log[9]["flipped"] < log[9]["zero"] < 1 and "flipped" not in log[8]
+    assert 0 < log[-1]["val_loss"] < 1.5 and all(r[f"mse_q{i}"] > 0 for r in log for i in (1, 2, 3))
     assert load_model(tmp_path / "packed.pt").config.class_names == list("0123456789")
     shown = capsys.readouterr().out
     assert "step 150/150" in shown and "ETA 0:00:00" in shown and "packed.pt" in shown and "grid.png" in shown
@@ -178,7 +210,7 @@ def test_loss_falls_and_files_appear(tmp_path, capsys):
 def test_packed_file_is_the_averaged_model(tmp_path):
     state = run(tmp_path, "--steps", 3)
     model = DiT(Config(**state["config"]))
-    model.load_state_dict(state["ema"])
+    model.load_state_dict(part(state, "ema."))
     want, got = pack_model(model).state_dict(), load_model(tmp_path / "packed.pt").state_dict()
     assert same(dict(want), dict(got))
     assert not same(dict(got), dict(pack_model(_load(state)).state_dict()))  # and not the raw one
@@ -186,54 +218,43 @@ def test_packed_file_is_the_averaged_model(tmp_path):
 
 def _load(state):
     model = DiT(Config(**state["config"]))
-    model.load_state_dict(state["model"])
+    model.load_state_dict(part(state, "model."))
     return model
 
 
 def test_resume_is_exact(tmp_path, monkeypatch):
     """12 steps = 7 steps, a stop by signal, and 5 more: the same bits everywhere, log.csv included."""
     whole = run(tmp_path / "whole", "--steps", 12)
-    draw, calls = train.draw_batch, []
+    update, calls = train.AveragedModel.update_parameters, []
 
     def stop_at_7(*args):
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw(*args)
+        update(*args)
 
-    monkeypatch.setattr(train, "draw_batch", stop_at_7)
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", stop_at_7)
     with pytest.raises(SystemExit) as e:
         run(tmp_path / "halves", "--steps", 12)
     assert e.value.code == 128 + signal.SIGTERM
-    assert torch.load(tmp_path / "halves/state.pt", weights_only=True)["step"] == 7
+    assert load(tmp_path / "halves")["step"] == 7  # one step after the signal
     halves = run(tmp_path / "halves", "--steps", 12)
-    for key in ("step", "config", "model", "ema", "optimizer"):
+    for key in ("step", "config", "tensors"):
         assert same(whole[key], halves[key]), key
-    # The columns but the last, speed; the loss is a mean of the steps since the row before, or since the resume.
+    # The loss is a mean of the steps since the row before, or since the resume.
     log = [rows(tmp_path / d / "log.csv") for d in ("whole", "halves")]
-    assert [r[0] for r in log[0]] == [r[0] for r in log[1]] and [r[2:4] for r in log[0]] == [r[2:4] for r in log[1]]
-    assert not same(whole["model"], run(tmp_path / "other", "--steps", 12, "--seed", 1)["model"])
+    for key in ("step", "grad_norm", "lr", "val_loss"):
+        assert [r.get(key) for r in log[0]] == [r.get(key) for r in log[1]]
+    assert not same(part(whole, "model."), part(run(tmp_path / "other", "--steps", 12, "--seed", 1), "model."))
 
 
-def test_killed_run_goes_on_exactly(tmp_path):
-    """SIGKILL at some moment: what is left is the last whole state, and the same command ends as if nothing happened."""
-    code = "import train, sys; d = train.digits; train.digits = lambda n, s, seed: d(200, s, seed); train.main(sys.argv[1:])"
-    flags = [*FAST, "--steps", "40", "--save-every", "5", "--batch", "2"]
-    command = lambda out: [sys.executable, "-c", code, *flags, "--out", str(tmp_path / out)]
-    process = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL)
-    state = tmp_path / "killed/state.pt"
-    deadline = time.time() + 120
-    while not state.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    left = torch.load(state, weights_only=True)["step"]
-    assert left % 5 == 0 and not (tmp_path / "killed/packed.pt").exists()
-    for out in ("killed", "whole"):
-        subprocess.run(command(out), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    got, want = (torch.load(tmp_path / out / "state.pt", weights_only=True) for out in ("killed", "whole"))
-    for key in ("step", "config", "model", "ema", "optimizer"):
-        assert same(got[key], want[key]), key
+def test_killed_runs_go_on_exactly(tmp_path):
+    """SIGKILL at random moments: what is left are whole states, and the same command ends as if nothing had happened."""
+    from tests.bench_faults import Faults
+
+    faults = Faults(tmp_path, steps=24)
+    results = [faults.run(seed=i) for i in range(3)]
+    assert all(r["identical"] for r in results) and sum(r["kills"] for r in results) > 0, results
 
 
 def test_resume_refuses_another_run(tmp_path):
@@ -243,34 +264,76 @@ def test_resume_refuses_another_run(tmp_path):
         with pytest.raises(ValueError, match=f"was trained with {field}="):
             run(tmp_path, "--steps", 3, *flags)
     state = run(tmp_path, "--steps", 3, "--seed", 1, "--fresh")
-    assert state["step"] == 3 and state["args"]["seed"] == 1
+    assert state["step"] == 3 and state["seed"] == 1 and len(train.states(tmp_path)) == 1
     assert run(tmp_path, "--steps", 5, "--seed", 1)["step"] == 5  # a longer plan is a way to go on
     with pytest.raises(ValueError, match="at step 5 already, --steps says 4"):
         run(tmp_path, "--steps", 4, "--seed", 1)
 
 
-def test_foreign_state_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "state.pt", DiT(Config(**SIZES["tiny"])))
-    with pytest.raises(ValueError, match="not a training state"):
-        run(tmp_path, "--steps", 1)
-    torch.save({"format": train.STATE, "config": {}}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="state.pt: damaged"):
-        run(tmp_path, "--steps", 1)
-    (tmp_path / "state.pt").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a training state"):
-        run(tmp_path, "--steps", 1)
+def test_states_kept(tmp_path):
+    run(tmp_path, "--steps", 9, "--save-every", 2, "--keep-every", 3)
+    assert [s.name for s in train.states(tmp_path)] == [f"state-{i:07d}" for i in (3, 6, 8, 9)]
+
+
+def test_damaged_state_is_refused(tmp_path, capsys):
+    run(tmp_path, "--steps", 2, "--save-every", 1)
+    state = train.states(tmp_path)[-1]
+    about = (state / "run.json").read_text()
+    for text, message in (
+        ("{}", "damaged"),
+        (about.replace(train.STATE, "x"), "format='x'"),
+        (about[:50], "damaged"),
+        (about.replace('"tiny"', '"S"').replace('"dim": 64', '"dim": 32'), "dim=32, this command says 64"),
+    ):
+        (state / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=f"state-0000002.*{message}"):
+            run(tmp_path, "--steps", 3)
+    (state / "run.json").write_text(about.replace(f'"torch": "{torch.__version__}', '"torch": "2.6.0'))
+    data = next(state.glob("*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="state-0000002: damaged .*; delete it to go on from the one before"):
+        run(tmp_path, "--steps", 3)
+    assert "by torch 2.6.0" in capsys.readouterr().out
+    shutil.rmtree(state)
+    assert run(tmp_path, "--steps", 3)["step"] == 3
+
+
+@pytest.mark.parametrize("full", ["disk", "index"])
+def test_failing_write_keeps_the_state_before(tmp_path, monkeypatch, full):
+    run(tmp_path, "--steps", 2)
+    before = load(tmp_path)["tensors"]
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if full == "disk":
+        monkeypatch.setattr(torch, "save", fail)
+    else:
+        monkeypatch.setattr(train, "atomic_write", fail)
+    with pytest.raises(OSError, match="state-0000004: cannot be written .*No space left.*state-0000002 is whole"):
+        run(tmp_path, "--steps", 4)
+    monkeypatch.undo()
+    assert [s.name for s in tmp_path.glob("state-*")] == ["state-0000002"] and same(before, load(tmp_path)["tensors"])
 
 
 def test_divergence_stops_at_once(tmp_path, monkeypatch):
     run(tmp_path, "--steps", 4)
-    before = (tmp_path / "state.pt").read_bytes()
+    before = load(tmp_path)["tensors"]
+    forward = terdit.FeedForward.forward
+    with monkeypatch.context() as m:
+        m.setattr(terdit.FeedForward, "forward", lambda self, x: forward(self, x) * float("inf"))
+        with pytest.raises(
+            ValueError, match=r"step 4: loss nan.*first in layers.0.feed_forward: .*state-0000004 holds"
+        ):
+            run(tmp_path, "--steps", 9)
     losses = GaussianDiffusion.training_losses
     monkeypatch.setattr(
         GaussianDiffusion, "training_losses", lambda *a: {k: v * float("nan") for k, v in losses(*a).items()}
     )
-    with pytest.raises(ValueError, match=r"step 4: loss nan.*state.pt holds the last good state"):
+    with pytest.raises(ValueError, match=r"step 4: loss nan.*the backward pass"):
         run(tmp_path, "--steps", 9)
-    assert (tmp_path / "state.pt").read_bytes() == before
+    assert same(load(tmp_path)["tensors"], before)
 
 
 @pytest.mark.parametrize("flags", [["--full-precision"], ["--no-adaln-norm"]])
@@ -286,14 +349,15 @@ def test_one_class_only_and_mirroring(tmp_path):
     save_image(tmp_path / "data/only/b.png", colour=(9, 9, 9))
     state = run(tmp_path / "out", "--steps", 2, "--data", tmp_path / "data")
     assert (
-        state["config"]["class_names"] == ["only"] and state["model"]["y_embedder.embedding_table.weight"].shape[0] == 2
+        state["config"]["class_names"] == ["only"]
+        and state["tensors"]["model.y_embedder.embedding_table.weight"].shape[0] == 2
     )
 
 
 def init_sources(tmp_path):
     run(tmp_path / "src", "--steps", 3)
     run(tmp_path / "full", "--steps", 3, "--full-precision")
-    return [tmp_path / "src/packed.pt", tmp_path / "src/state.pt", tmp_path / "full/full.pt"]
+    return [tmp_path / "src/packed.pt", tmp_path / "src/state-0000003", tmp_path / "full/full.pt"]
 
 
 def test_init_keeps_the_weights(tmp_path):
@@ -349,8 +413,22 @@ def test_compile_falls_back_aloud(monkeypatch, capsys):
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path):
-    one, two = (run(tmp_path / n, "--steps", 3, "--micro-batch", n)["model"] for n in ("4", "3"))
-    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    runs = (["--micro-batch", 4], ["--micro-batch", 3], ["--checkpointing"])
+    one, *others = (run(tmp_path / str(i), "--steps", 3, *flags)["tensors"] for i, flags in enumerate(runs))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for two in others for k in one)
+
+
+def test_plan(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--size", "4.2B", "--plan", "--gpus", "8", "--checkpointing"])
+    shown = capsys.readouterr().out
+    rows = {line[:38].strip(): float(line.split()[-2]) for line in shown.splitlines()[1:-1]}
+    assert "4,238.0M parameters; batch 256 on 8 GPU" in shown and os.listdir(tmp_path) == []
+    assert (rows["weights"], rows["optimizer"]) == (2.12, 4.24)  # 4 and 8 bytes of 4.238e9 over 8
+    assert rows["in all"] == pytest.approx(sum(v for k, v in rows.items() if k != "in all"), abs=0.05)
+    # By hand: 32 layers, 256 tokens, 4 square matrices and 3 of 3072 x 8192, 2 FLOP a weight, three passes.
+    by_hand = 3 * 32 * 256 * 2 * (4 * 3072**2 + 3 * 3072 * 8192) / 1e12
+    assert by_hand < float(shown.splitlines()[-1].split()[0]) < 1.05 * by_hand
 
 
 def test_latents_made_from_codes_round_back():
