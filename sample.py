@@ -106,16 +106,39 @@ def sample_images(model, y, seed=0, cfg=1.5, steps=STEPS, sampler="ddpm", batch=
     return torch.cat(parts)
 
 
-def load_decoder(name, latent_scale, device):
-    """The VAE that turns latents into images; `name` is a diffusers model or a local folder."""
+def load_vae(name, device):
+    """The VAE between images and latents; `name` is a diffusers model or a local folder."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ValueError(
-            f"this checkpoint makes latents of the VAE {name}; decoding them needs: pip install diffusers"
-        ) from None
-    vae = AutoencoderKL.from_pretrained(name).to(device).eval()
-    return torch.no_grad()(lambda x: torch.cat([vae.decode(part / latent_scale).sample for part in x.split(1)]))
+        raise ValueError(f"the latents of the VAE {name} need: pip install diffusers") from None
+    return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+
+
+def load_decoder(name, latent_scale, device):
+    """-> function of latents (n, C, h, w) to images (n, 3, H, W), one after the other to spare memory."""
+    vae = load_vae(name, device)
+    return lambda x: torch.cat([vae.decode(part / latent_scale).sample for part in x.split(1)])
+
+
+def load_encoder(name, device):
+    """-> function of images (n, 3, H, W) uint8 to rows of train.py's cache, and the latents' scale.
+
+    Rows are the images themselves, (n, 1, 3, H, W), or with a VAE scaled latents, plain and mirrored, (n, 2, C, h, w)
+    fp16: the means that the VAE gives, whose own spread is small against theirs.
+    """
+    if not name:
+        return lambda images: images[:, None], 1.0
+    vae = load_vae(name, device)
+    if getattr(vae.config, "shift_factor", None):
+        raise ValueError(f"--vae {name} shifts its latents, which a checkpoint here cannot say")
+
+    def encode(images):
+        x = torch.from_numpy(np.stack([images, images[..., ::-1]], 1)).to(device).float() / 127.5 - 1
+        z = vae.encode(x.flatten(0, 1)).latent_dist.mode() * vae.config.scaling_factor
+        return z.half().cpu().numpy().reshape(*x.shape[:2], *z.shape[1:])
+
+    return encode, vae.config.scaling_factor
 
 
 def to_uint8(x):

@@ -615,6 +615,9 @@ def check_packed(packed, name="weight"):
         raise ValueError(f"{name}: holds code 3, but packed ternary weights use 0, 1 and 2: the bytes are damaged")
 
 
+SLOWLY = "unpack in plain PyTorch at every call, slower"
+
+
 @lru_cache(maxsize=None)
 def _announce(message):
     warnings.warn(message, stacklevel=2)
@@ -640,51 +643,46 @@ def cuda_kernel():
         return ctypes.CDLL(library)
     except Exception as e:  # no nvcc, no compiler, no ninja, a driver that is too old, an edit that does not compile
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        _announce(f"kernel.cu is not used ({reason}): packed layers unpack in plain PyTorch at every call, slower")
+        _announce(f"kernel.cu is not used ({reason}): packed layers {SLOWLY}")
         return None
+
+
+KERNELS = ("auto", "naive", "few", "mma", "wgmma")  # in the order of kernel.cu's enum
 
 
 def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
     """kernel.cu's ternary_linear: x (M, K) bf16 or fp16, weight (N/4, K) uint8 -> (M, N).
 
     kernel: auto, naive, few (M <= 16), mma or wgmma; tokens: of a CTA's tile, 0 for the best. The pointers are raw, so
-    everything is checked here: ValueError says what was got.
+    everything is checked here: ValueError says what was got. RuntimeError is CUDA's, of a launch that it refuses.
     """
     (M, K), N = x.shape, 4 * len(weight)
-    if max(M, N, K) >= 1 << 31:
-        raise ValueError(f"kernel.cu counts in 32 bits: M={M} N={N} K={K} is too large")
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"kernel.cu takes x of bfloat16 or float16, got {x.dtype}")
-    if weight.dtype != torch.uint8 or weight.shape[1] != K:
-        raise ValueError(
-            f"weight of (N/4, {K}) uint8 wanted for x {tuple(x.shape)}, got {tuple(weight.shape)} {weight.dtype}"
-        )
-    if alphas.dtype != torch.float32 or alphas.numel() != 1:
-        raise ValueError(f"alphas: one float32 wanted, got {tuple(alphas.shape)} {alphas.dtype}")
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (N,)):
-        raise ValueError(f"bias of ({N},) {x.dtype} wanted, got {tuple(bias.shape)} {bias.dtype}")
-    if len({z.device for z in (x, weight, alphas, bias) if z is not None}) > 1:
-        raise ValueError(f"x is on {x.device}, but weight, alphas or bias on another device")
-    # Loads are 16 bytes wide: copies of tensors that are strided or start at odd places.
-    x, weight = (
+    if x.dtype not in (torch.bfloat16, torch.float16) or max(M, N, K) >= 1 << 31:
+        raise ValueError(f"kernel.cu takes x of bfloat16 or float16, below 2^31 rows, got {tuple(x.shape)} {x.dtype}")
+    for name, z, *want in (
+        ("weight", weight, (N // 4, K), torch.uint8, x.device),
+        ("alphas", alphas, (1,), torch.float32, x.device),
+        ("bias", bias, (N,), x.dtype, x.device),
+    ):
+        if z is not None and [tuple(z.shape), z.dtype, z.device] != want:
+            got = [tuple(z.shape), z.dtype, z.device]
+            raise ValueError(f"{name} of {want} wanted for x of {tuple(x.shape)}, got {got}")
+    # Loads are 16 bytes wide: tensors that are strided or start at odd places are copied.
+    fit = lambda z: (
         z if z.is_contiguous() and z.data_ptr() % 16 == 0 else z.clone(memory_format=torch.contiguous_format)
-        for z in (x, weight)
     )
-    bias = bias if bias is None else bias.contiguous()
-    y = x.new_empty(M, N)
+    x, weight, bias, y = fit(x), fit(weight), bias if bias is None else fit(bias), x.new_empty(M, N)
     if M == 0:
         return y
     pointers = [ctypes.c_void_p(None if z is None else z.data_ptr()) for z in (x, weight, alphas, bias, y)]
     stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None)
-    number = KERNELS.index(kernel)
+    choice = x.dtype == torch.bfloat16, KERNELS.index(kernel), tokens
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        error = library.ternary_linear(*pointers, M, N, K, x.dtype == torch.bfloat16, number, tokens, stream)
+        error = library.ternary_linear(*pointers, M, N, K, *choice, stream)
     if error:
-        raise ValueError(f"kernel.cu: CUDA error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}")
+        wrong = ValueError if error == 1 else RuntimeError  # cudaErrorInvalidValue
+        raise wrong(f"kernel.cu: CUDA error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}")
     return y
-
-
-KERNELS = ("auto", "naive", "few", "mma", "wgmma")  # in the order of kernel.cu's enum
 
 
 def forced_kernel():
@@ -697,37 +695,19 @@ def forced_kernel():
 
 def packed_path(device_type, dtype):
     """How packed layers run there: "kernel" (kernel.cu), "blocks" (_linear_blocks) or "plain" (packed_linear_plain)."""
-    if forced_kernel()[0] == "off" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if forced_kernel()[0] == "off":
         return "plain"
-    if device_type == "cpu":
+    if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
         return "blocks"
-    if device_type == "cuda" and dtype != torch.float32 and cuda_kernel():
-        return "kernel"
-    if device_type != "cuda" or dtype == torch.float32:
-        _announce(
-            f"no kernel for {dtype} on {device_type}: packed layers unpack in plain PyTorch at every call, slower"
-        )
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "kernel" if cuda_kernel() else "plain"
+    _announce(f"no kernel for {dtype} on {device_type}: packed layers {SLOWLY}")
     return "plain"
 
 
 def packed_linear_plain(x, weight, alphas, bias):
     """The reference of the two fast paths: unpack to memory, scale as TernaryLinear does, multiply."""
     return F.linear(x, unpack_ternary(weight).to(x.dtype) * alphas.to(x.dtype), bias)
-
-
-class _Scratch(threading.local):
-    """Memory kept from call to call, one for each thread: fresh pages would cost as much as the widening."""
-
-    def __init__(self):
-        self.bytes = torch.empty(0, dtype=torch.uint8)
-
-    def get(self, size):
-        if len(self.bytes) < size:
-            self.bytes = torch.empty(size, dtype=torch.uint8)
-        return self.bytes[:size]
-
-
-_scratch = _Scratch()
 
 
 class _Scratch(threading.local):
@@ -778,13 +758,22 @@ def packed_linear(
     x: torch.Tensor, weight: torch.Tensor, alphas: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> torch.Tensor:
     """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path that packed_path names."""
-    path, rows = packed_path(x.device.type, x.dtype), x.reshape(-1, x.shape[-1])
-    bias = bias if bias is None else bias.to(x.dtype)
+    path, rows, shape = (
+        packed_path(x.device.type, x.dtype),
+        x.reshape(-1, x.shape[-1]),
+        (*x.shape[:-1], 4 * len(weight)),
+    )
+    alphas, bias = alphas.float(), bias if bias is None else bias.to(x.dtype)
     if path == "kernel":
-        y = launch_kernel(cuda_kernel(), rows, weight, alphas, bias, *forced_kernel())
-    else:
-        y = {"blocks": _linear_blocks, "plain": packed_linear_plain}[path](rows, weight, alphas, bias)
-    return y.view(*x.shape[:-1], 4 * len(weight))
+        if shape[-1] % 32 or x.shape[-1] % 16:
+            _announce(
+                f"a layer of {shape[-1]}x{x.shape[-1]} fits no tile of kernel.cu (N % 32, K % 16): naive kernel, slow"
+            )
+        try:
+            return launch_kernel(cuda_kernel(), rows, weight, alphas, bias, *forced_kernel()).view(shape)
+        except RuntimeError as e:
+            _announce(f"{e}: packed layers {SLOWLY}")
+    return (_linear_blocks if path == "blocks" else packed_linear_plain)(rows, weight, alphas, bias).view(shape)
 
 
 # One operator to torch.compile, which could not look into it. Without torch.compile it would cost 50 us a call.
@@ -927,13 +916,13 @@ def _read_released(folder):
 def read_model(path):
     """A file of save_checkpoint or a released folder -> Config fields, state dict (on the CPU, mapped, not copied)."""
     path, what = Path(path), f"a checkpoint of this project (format {FORMAT!r})"
+    if (path / "run.json").is_file():
+        raise ValueError(f"{path}: a training state: take the packed.pt beside it")
     if path.is_dir():
         return _read_released(path)
     ckpt = read_checkpoint(path, what)
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
-        state = isinstance(ckpt, dict) and "optimizer" in ckpt
-        it_is = "a training state: take the packed.pt beside it" if state else "a foreign file"
-        raise ValueError(f"{path}: not {what}, but {it_is}")
+        raise ValueError(f"{path}: not {what}, but a foreign file")
     if not (isinstance(ckpt.get("config"), dict) and isinstance(ckpt.get("model"), dict)):
         raise ValueError(f"{path}: damaged: {what} holds a config and a model")
     return ckpt["config"], ckpt["model"]

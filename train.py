@@ -10,7 +10,17 @@ the step and a sample's place in the batch: a resumed run equals an uninterrupte
 and more processes change no more than the order of additions.
 """
 
-import argparse, colorsys, csv, json, math, os, shutil, signal, sys, time, warnings  # noqa: E401
+import argparse
+import colorsys
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -25,7 +35,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import STEPS, Progress, check_common, generator, load_decoder, positive, run, sample_images, save_grid
+from sample import STEPS, Progress, check_common, generator, load_decoder, load_encoder, positive, run, sample_images
+from sample import save_grid
 from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, load_model, pack_model, save_checkpoint, unpack_ternary
 
@@ -107,31 +118,6 @@ def read_image(path, size):
         return load_image(path, size)
     except Exception as e:  # Pillow's decoders raise whatever they like on damaged files
         print(f"{path}: left out, cannot be read ({type(e).__name__}: {e})", file=sys.stderr)
-
-
-def load_encoder(name, device):
-    """-> function of images (n, 3, H, W) uint8 to rows of a cache, and the latents' scale.
-
-    Rows are the images themselves, (n, 1, 3, H, W), or with a VAE (a diffusers model or folder) scaled latents, plain
-    and mirrored, (n, 2, C, h, w) fp16: the means that the VAE gives, whose own spread is small against theirs.
-    """
-    if not name:
-        return lambda images: images[:, None], 1.0
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise ValueError(f"--vae {name}: making latents needs: pip install diffusers") from None
-    vae = AutoencoderKL.from_pretrained(name).to(device).eval()
-    if getattr(vae.config, "shift_factor", None):
-        raise ValueError(f"--vae {name} shifts its latents, which a checkpoint here cannot say")
-
-    @torch.no_grad()
-    def encode(images):
-        x = torch.from_numpy(np.stack([images, images[..., ::-1]], 1)).to(device).float() / 127.5 - 1
-        z = vae.encode(x.flatten(0, 1)).latent_dist.mode() * vae.config.scaling_factor
-        return z.half().cpu().numpy().reshape(*x.shape[:2], *z.shape[1:])
-
-    return encode, vae.config.scaling_factor
 
 
 class Images:

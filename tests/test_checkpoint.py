@@ -97,7 +97,9 @@ def damaged(tmp_path):
     case("text", "not a checkpoint of this project", data=b"hello, world\n" * 100)
     case("foreign", "a foreign file", obj={"state_dict": {"w": torch.zeros(3)}})
     case("tensor", "a foreign file", obj=torch.zeros(3))
-    case("training state", "packed.pt beside it", obj={"format": "terdit-state-1", "optimizer": {}, "model": {}})
+    (tmp_path / "state-0000100").mkdir()
+    (tmp_path / "state-0000100" / "run.json").write_text("{}")
+    cases["training state"] = tmp_path / "state-0000100", "packed.pt beside it"
     case("code 3", "code 3", obj=edit(model={"layers.0.attention.wq.weight": weight}))
     case("unknown field", "unexpected keyword argument 'colour'", obj=edit(config={"colour": 1}))
     case("wrong shape", "size mismatch|Missing key", obj=edit(config={"num_classes": 7}))

@@ -151,9 +151,9 @@ def test_launch_refuses(emulation):
     x, w, a, b, _ = case(4, 32, 64, torch.bfloat16)
     for args, message in [
         ((x.float(), w, a, b), "float32"),
-        ((x[:, :32], w, a, b), r"\(N/4, 32\) uint8 wanted"),
-        ((x, w.to(torch.int8), a, b), "int8"),
-        ((x, w, a.bfloat16(), b), "one float32 wanted"),
+        ((x[:, :32], w, a, b), r"weight of \[\(8, 32\).* got \[\(8, 64\)"),
+        ((x, w.to(torch.int8), a, b), "got .*int8"),
+        ((x, w, a.bfloat16(), b), "alphas of .*float32.* got .*bfloat16"),
         ((x, w, a, b.float()), "bias of"),
         ((x, w, a, b[:8]), "bias of"),
     ]:
@@ -254,6 +254,28 @@ def test_environment(monkeypatch):
         monkeypatch.setenv("TERDIT_KERNEL", wrong)
         with pytest.raises(ValueError, match="expected off, auto, naive"):
             terdit.forced_kernel()
+
+
+def test_through_the_layer(emulation, monkeypatch):
+    """PackedTernaryLinear on the kernel's path, with the emulation in the GPU's place; and what it says when it can't."""
+    monkeypatch.setattr(terdit, "packed_path", lambda *a: "kernel")
+    monkeypatch.setattr(terdit, "cuda_kernel", lambda: emulation)
+    for N, K, remark in [(64, 48, None), (36, 40, "36x40 fits no tile of kernel.cu")]:
+        x, weight, alphas, bias, want = case(6, N, K, torch.bfloat16)
+        layer = terdit.PackedTernaryLinear(K, N, bias=True).requires_grad_(False)
+        layer.weight, layer.alphas.data, layer.bias.data = weight, alphas, bias
+        terdit._announce.cache_clear()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert torch.equal(layer(x.view(2, 3, K)).double(), want.view(2, 3, N))
+        assert [remark in str(w.message) for w in seen] == [True] * bool(remark)
+
+    def fails(*args):
+        return 999
+
+    monkeypatch.setattr(terdit, "cuda_kernel", lambda: type("library", (), {"ternary_linear": staticmethod(fails)}))
+    with pytest.warns(UserWarning, match="CUDA error 999 .*unpack in plain PyTorch"):
+        assert torch.equal(layer(x).double(), want)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -131,5 +131,5 @@ def test_stopped_encoding_goes_on(photos, tmp_path, monkeypatch):
 
 def test_without_diffusers(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", types.ModuleType("diffusers"))
-    with pytest.raises(ValueError, match="--vae x: making latents needs: pip install diffusers"):
+    with pytest.raises(ValueError, match="the latents of the VAE x need: pip install diffusers"):
         run(tmp_path / "run", "--image-size", 64, "--data", photos, "--vae", "x", "--steps", 1)
