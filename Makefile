@@ -9,6 +9,7 @@ help:
 	@echo "make kernel-test  after a change to kernel.cu: run it without a GPU, compile it for sm_80 and sm_90a"
 	@echo "make bench-gpu    on a GPU: check kernel.cu, then time it and whole models"
 	@echo "make bench        print every figure of README's results again (about 25 minutes on 2 cores)"
+	@echo "make fig2         the paper's figure 2: quantization after training against training with it"
 	@echo "make install      only make the local environment, .venv"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "PYTHON=python3 after any of them uses your own environment"
@@ -47,7 +48,16 @@ bench-gpu: $(READY)
 	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel_gpu.json
 	$(PYTHON) tests/bench_model.py --steps 50 --json runs/bench_model_gpu.json
 
+# Figures train only what is not there yet.
+runs/demo/packed.pt: | $(READY)
+	$(PYTHON) train.py --compile --out runs/demo
+runs/demo-full/full.pt: | $(READY)
+	$(PYTHON) train.py --compile --out runs/demo-full --full-precision
+
+fig2: runs/demo/packed.pt runs/demo-full/full.pt
+	$(PYTHON) tests/paper.py fig2
+
 clean:
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
 
-.PHONY: help install demo test kernel-test bench bench-gpu clean
+.PHONY: help install demo test kernel-test bench bench-gpu fig2 clean

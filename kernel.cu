@@ -266,9 +266,11 @@ wgmma_gemm(const __grid_constant__ CUtensorMap X, const __grid_constant__ CUtens
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) barrier_init(&full[s], 1), barrier_init(&empty[s], 4 * WG);
     barriers_visible();
-    for (int b = 0; b < STAGES && b < blocks; b++) load(b);
   }
   __syncthreads();
+  if (threadIdx.x == 0)
+    for (int b = 0; b < STAGES && b < blocks; b++) load(b);
+  __syncwarp();
 
   float acc[2][NT][TOK / 2];
 #pragma unroll
@@ -308,19 +310,23 @@ template <typename... P, typename... A>
 int launch(void (*kernel)(P...), dim3 grid, int threads, int smem, cudaStream_t stream, A... args) {
   cudaError_t err = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
   if (!err) kernel<<<grid, threads, smem, stream>>>(P(args)...);
-  return err ? err : cudaGetLastError();
+  const cudaError_t last = cudaGetLastError();  // asked for in any case: an error left behind would fail torch's next kernel
+  return err ? err : last;
 }
-inline CUtensorMap box_map(const void* data, int rows, int columns, int box_rows, int size, bool bf16) {
+inline bool box_map(CUtensorMap* map, const void* data, int rows, int columns, int box_rows, int size, bool bf16) {
   static decltype(&cuTensorMapEncodeTiled) encode = nullptr;  // from the driver: nothing links against libcuda
+#if CUDART_VERSION >= 12050
   cudaDriverEntryPointQueryResult found;
   if (!encode) cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode, 12000, cudaEnableDefault, &found);
-  CUtensorMap map = {};
+#else
+  if (!encode) cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void**)&encode, cudaEnableDefault);
+#endif
+  if (!encode) return false;
   const cuuint64_t dims[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)columns * size};
   const cuuint32_t box[2] = {(cuuint32_t)(128 / size), (cuuint32_t)box_rows}, step[2] = {1, 1};
   const auto type = size == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  encode(&map, type, 2, (void*)data, dims, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return map;
+  return !encode(map, type, 2, (void*)data, dims, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 inline int attribute(cudaDeviceAttr a) {
   int device = 0, value = 0;
@@ -333,6 +339,7 @@ enum Kernel { AUTO, NAIVE, FEW, MMA, WGMMA };
 struct Tile { int kernel, rows, tokens; };  // weight rows and tokens of a CTA
 constexpr Tile TILES[] = {{WGMMA, 256, 128}, {WGMMA, 256, 96}, {WGMMA, 256, 64}, {WGMMA, 128, 64}, {WGMMA, 128, 48},
                           {MMA, 128, 128}, {MMA, 128, 64}, {MMA, 128, 32}};
+constexpr int REFUSED = -1;
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <typename T> int run(Args<T> p, int kernel, int tokens, cudaStream_t stream) {
@@ -341,7 +348,7 @@ template <typename T> int run(Args<T> p, int kernel, int tokens, cudaStream_t st
   const bool fits = p.N % 32 == 0 && p.K % 16 == 0;  // 8 byte rows, 16-byte loads
   if (kernel == AUTO) kernel = !fits ? NAIVE : p.M <= 16 ? FEW : major == 9 ? WGMMA : MMA;
   if (kernel == NAIVE) return launch(naive<T>, dim3((unsigned)(((size_t)p.M * p.N + 255) / 256)), 256, 0, stream, p);
-  if (!fits || (kernel == FEW && p.M > 16) || (kernel == WGMMA && major != 9)) return cudaErrorInvalidValue;
+  if (!fits || (kernel == FEW && p.M > 16) || (kernel == WGMMA && major != 9)) return REFUSED;
   if (kernel == FEW) return p.M <= 8 ? launch(few<T, 1>, dim3(p.N / 32), 256, 0, stream, p) : launch(few<T, 2>, dim3(p.N / 32), 256, 0, stream, p);
   Tile best = {};  // the tile with which the last SM is done first; `tokens` narrows the choice
   long least = 1l << 60;
@@ -349,22 +356,24 @@ template <typename T> int run(Args<T> p, int kernel, int tokens, cudaStream_t st
     const long cost = (long)ceil_div(ceil_div(p.N, t.rows) * ceil_div(p.M, t.tokens), sms) * (t.tokens + 16) * t.rows;
     if (t.kernel == kernel && (tokens == 0 || tokens == t.tokens) && cost < least) least = cost, best = t;
   }
-  if (!best.rows) return cudaErrorInvalidValue;
+  if (!best.rows) return REFUSED;
   const dim3 grid(ceil_div(p.M, best.tokens), ceil_div(p.N, best.rows));
 #define MMA_TILE(BT) if (kernel == MMA && best.tokens == BT) return launch(mma_gemm<T, BT>, grid, 256, MMA_SMEM<BT>, stream, p);
-#define WGMMA_TILE(WG, TOK, NT) if (kernel == WGMMA && best.rows == 128 * WG && best.tokens == TOK * NT)                \
-    return launch(wgmma_gemm<T, WG, TOK, NT>, grid, 128 * WG, WGMMA_SMEM<WG, TOK * NT>, stream,                         \
-                  box_map(p.X, p.M, p.K, TOK * NT, 2, IS_BF16<T>), box_map(p.W, p.N / 4, p.K, 32 * WG, 1, false), p);
+#define WGMMA_TILE(WG, TOK, NT) if (kernel == WGMMA && best.rows == 128 * WG && best.tokens == TOK * NT) {              \
+    CUtensorMap x, w;                                                                                                   \
+    if (!box_map(&x, p.X, p.M, p.K, TOK * NT, 2, IS_BF16<T>) || !box_map(&w, p.W, p.N / 4, p.K, 32 * WG, 1, false))     \
+      return cudaErrorNotSupported;                                                                                     \
+    return launch(wgmma_gemm<T, WG, TOK, NT>, grid, 128 * WG, WGMMA_SMEM<WG, TOK * NT>, stream, x, w, p); }
   MMA_TILE(128) MMA_TILE(64) MMA_TILE(32)
   WGMMA_TILE(2, 64, 2) WGMMA_TILE(2, 48, 2) WGMMA_TILE(2, 64, 1) WGMMA_TILE(1, 64, 1) WGMMA_TILE(1, 48, 1)
-  return cudaErrorInvalidValue;
+  return REFUSED;
 }
 
-// The whole interface: device pointers in, a cudaError_t out. Python calls it through ctypes. bias may be null; kernel
+// The whole interface: device pointers in; out comes 0, a cudaError_t, or REFUSED for what no kernel takes. Python calls it through ctypes. bias may be null; kernel
 // is one of the enum (the caller asks for AUTO unless it experiments), tokens a tile's or 0.
 extern "C" int ternary_linear(const void* X, const void* W, const void* alpha, const void* bias, void* Y, int M, int N, int K,
                               int bf16, int kernel, int tokens, void* stream) {
-  if (M < 1 || N < 4 || N % 4 || K < 1 || ((uintptr_t)X | (uintptr_t)W | (uintptr_t)Y) % 16) return cudaErrorInvalidValue;
+  if (M < 1 || N < 4 || N % 4 || K < 1 || ((uintptr_t)X | (uintptr_t)W | (uintptr_t)Y) % 16) return REFUSED;
   const auto s = (cudaStream_t)stream;
   if (bf16) {
     typedef __nv_bfloat16 T;

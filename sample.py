@@ -51,8 +51,12 @@ def graphed(f, *inputs):
 
 
 @torch.no_grad()
-def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
-    """Run the guided loop for the labels y [(place, label), ...] -> x_0 (n, C, H, W) fp32."""
+def sample_latents(model, y, seed, cfg, steps, sampler, progress=None, graphs=None):
+    """Run the guided loop for the labels y [(place, label), ...] -> x_0 (n, C, H, W) fp32.
+
+    graphs: a dict to keep CUDA graphs in, from batch to batch of one model and cfg.
+    """
+    graphs = {} if graphs is None else graphs
     config, device = model.config, next(model.parameters()).device
     diffusion = GaussianDiffusion(str(steps), config.prediction)
     # By the seed and the image's place, never by the batch it is in.
@@ -71,20 +75,18 @@ def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
             return model(x, None, None, (c, modulations))
         return model.forward_with_cfg(torch.cat([x, x]), None, None, cfg, condition=(c, modulations))[: len(x)]
 
-    run = step
-
     def model_fn(x, t):
-        nonlocal run
         if not ahead:
             # What depends on the timestep and the label alone, a quarter of the weights at 600M, in one go for AHEAD
             # steps: a packed layer widens its weights as long for one row as for a hundred.
-            times, todo[:AHEAD] = torch.tensor(todo[:AHEAD], device=device), []
+            n = max(1, min(AHEAD, 128 // len(seen)))
+            times, todo[:n] = torch.tensor(todo[:n], device=device), []
             c, modulations = model.condition(times.repeat_interleave(len(seen)), seen.repeat(len(times)))
             ahead.extend(zip(*(z.split(len(seen)) for z in (c, *modulations))))
         condition = [z[row] for z in ahead.pop(0)]
-        if run is step and device.type == "cuda":
-            run = graphed(step, x, *condition)
-        out = run(x, *condition)
+        if device.type == "cuda" and len(x) not in graphs:
+            graphs[len(x)] = graphed(step, x, *condition)
+        out = graphs.get(len(x), step)(x, *condition)
         if progress:
             progress(len(x))
         return out
@@ -99,9 +101,9 @@ def sample_latents(model, y, seed, cfg, steps, sampler, progress=None):
 def sample_images(model, y, seed=0, cfg=1.5, steps=STEPS, sampler="ddpm", batch=100, decode=None, progress=None):
     """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU."""
     places = list(enumerate(torch.as_tensor(y).tolist()))
-    parts = []
+    parts, graphs = [], {}
     for i in range(0, len(places), batch):
-        x = sample_latents(model, places[i : i + batch], seed, cfg, steps, sampler, progress)
+        x = sample_latents(model, places[i : i + batch], seed, cfg, steps, sampler, progress, graphs)
         parts.append((decode(x) if decode else x).float().clamp(-1, 1).cpu())
     return torch.cat(parts)
 

@@ -624,15 +624,15 @@ def _announce(message):
 
 
 @lru_cache(maxsize=None)
-def cuda_kernel():
-    """kernel.cu as a ctypes library, compiled on first use, or None and a warning that names the reason.
+def cuda_kernel(device):
+    """kernel.cu as a ctypes library for `device`, compiled on first use, or None and a warning that names the reason.
 
     It knows pointers and a stream but not torch, whose headers would make the build take a minute.
     """
     try:
         from torch.utils.cpp_extension import load
 
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             raise RuntimeError(f"this GPU is sm_{major}{minor}, the kernels need sm_80 or later")
         arch = f"{major}{minor}" + "a" * (major == 9)  # wgmma is in sm_90a alone, which torch's own flags leave out
@@ -647,6 +647,10 @@ def cuda_kernel():
         return None
 
 
+class KernelError(RuntimeError):
+    pass
+
+
 KERNELS = ("auto", "naive", "few", "mma", "wgmma")  # in the order of kernel.cu's enum
 
 
@@ -654,7 +658,7 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
     """kernel.cu's ternary_linear: x (M, K) bf16 or fp16, weight (N/4, K) uint8 -> (M, N).
 
     kernel: auto, naive, few (M <= 16), mma or wgmma; tokens: of a CTA's tile, 0 for the best. The pointers are raw, so
-    everything is checked here: ValueError says what was got. RuntimeError is CUDA's, of a launch that it refuses.
+    everything is checked here: ValueError says what was got. KernelError is a launch that CUDA refuses.
     """
     (M, K), N = x.shape, 4 * len(weight)
     if x.dtype not in (torch.bfloat16, torch.float16) or max(M, N, K) >= 1 << 31:
@@ -680,8 +684,8 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         error = library.ternary_linear(*pointers, M, N, K, *choice, stream)
     if error:
-        wrong = ValueError if error == 1 else RuntimeError  # cudaErrorInvalidValue
-        raise wrong(f"kernel.cu: CUDA error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}")
+        wrong = ValueError if error == -1 else KernelError  # -1: kernel.cu's REFUSED
+        raise wrong(f"kernel.cu: error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}")
     return y
 
 
@@ -693,15 +697,16 @@ def forced_kernel():
     return name, int(tokens or 0)
 
 
-def packed_path(device_type, dtype):
+def packed_path(device, dtype):
     """How packed layers run there: "kernel" (kernel.cu), "blocks" (_linear_blocks) or "plain" (packed_linear_plain)."""
     if forced_kernel()[0] == "off":
         return "plain"
-    if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+    kind = torch.device(device).type
+    if kind == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
         return "blocks"
-    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return "kernel" if cuda_kernel() else "plain"
-    _announce(f"no kernel for {dtype} on {device_type}: packed layers {SLOWLY}")
+    if kind == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "kernel" if cuda_kernel(device) else "plain"
+    _announce(f"no kernel for {dtype} on {kind}: packed layers {SLOWLY}")
     return "plain"
 
 
@@ -718,6 +723,9 @@ class _Scratch(threading.local):
     def get(self, size):
         if len(self.bytes) < size:
             self.bytes = torch.empty(size, dtype=torch.uint8)
+            # Having freed a block of 31 MB (none of it touched), glibc keeps what is freed later instead of handing it
+            # back: without this line a forward of 600M faults 80,000 pages in again, a quarter of its time.
+            torch.empty(31 << 20, dtype=torch.uint8)
         return self.bytes[:size]
 
 
@@ -759,7 +767,7 @@ def packed_linear(
 ) -> torch.Tensor:
     """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path that packed_path names."""
     path, rows, shape = (
-        packed_path(x.device.type, x.dtype),
+        packed_path(x.device, x.dtype),
         x.reshape(-1, x.shape[-1]),
         (*x.shape[:-1], 4 * len(weight)),
     )
@@ -770,8 +778,8 @@ def packed_linear(
                 f"a layer of {shape[-1]}x{x.shape[-1]} fits no tile of kernel.cu (N % 32, K % 16): naive kernel, slow"
             )
         try:
-            return launch_kernel(cuda_kernel(), rows, weight, alphas, bias, *forced_kernel()).view(shape)
-        except RuntimeError as e:
+            return launch_kernel(cuda_kernel(x.device), rows, weight, alphas, bias, *forced_kernel()).view(shape)
+        except KernelError as e:
             _announce(f"{e}: packed layers {SLOWLY}")
     return (_linear_blocks if path == "blocks" else packed_linear_plain)(rows, weight, alphas, bias).view(shape)
 
@@ -803,7 +811,7 @@ class PackedTernaryLinear(nn.Module):
     def forward(self, x):
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"x of (..., {self.weight.shape[1]}) wanted, got {tuple(x.shape)}")
-        if torch.is_grad_enabled() and (x.requires_grad or self.alphas.requires_grad):
+        if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, self.alphas, self.bias)):
             return packed_linear_plain(x, self.weight, self.alphas, self.bias)  # the one with a backward
         linear = _packed_linear_op if torch.compiler.is_compiling() else packed_linear
         return linear(x, self.weight, self.alphas, self.bias)

@@ -13,6 +13,7 @@ and more processes change no more than the order of additions.
 import argparse
 import colorsys
 import csv
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -483,9 +485,10 @@ def open_log(path, step):
     if step and path.is_file():
         with open(path, newline="") as file:
             rows = [r for r in csv.DictReader(file, fields) if r["step"].isdigit() and int(r["step"]) <= step]
-    log = csv.DictWriter(open(path, "w", newline="", buffering=1), fields, extrasaction="ignore")
-    log.writerows([dict(zip(fields, fields)), *rows])
-    return log
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, fields, extrasaction="ignore").writerows([dict(zip(fields, fields)), *rows])
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+    return csv.DictWriter(open(path, "a", newline="", buffering=1), fields, extrasaction="ignore")
 
 
 def sample_codes(model):
@@ -553,7 +556,9 @@ def main(argv=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a launcher (torchrun) started this and other processes
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     rank, world = ranks()
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -579,7 +584,7 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
             raise PermissionError(f"--out {args.out}: not writable")
-        for left in [*args.out.glob("state-*.tmp"), *(states(args.out) if args.fresh else [])]:
+        for left in args.out.glob("state-*.tmp"):
             shutil.rmtree(left)
     barrier()
     torch.manual_seed(args.seed)
@@ -619,8 +624,13 @@ def main(argv=None):
         optimizer.state[p] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.zeros((), device=p.device), *zeros)))
         tensors |= {f"{k}.{name}": v for k, v in optimizer.state[p].items()}
     about = dict(format=STATE, config=asdict(config), images=len(images.labels), torch=str(torch.__version__))
+    about["files"] = zlib.crc32(json.dumps(header.get("files")).encode())
     about |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "seed", "init", "dtype")}
     step = 0
+    if args.fresh:  # only now, when all that could be wrong with this command has been looked at
+        for old in states(args.out) if rank == 0 else []:
+            shutil.rmtree(old)
+        barrier()
     if found := states(args.out):
         step = check_state(found[-1], about)
         load_tensors(found[-1], tensors)
@@ -635,13 +645,14 @@ def main(argv=None):
         if grid and args.device == "cpu" and n_params > 50e6:
             grid = 0
             print("no sample grids: a model of this size takes minutes an image on a CPU (--grid N draws them)")
+    if grid and world > 1:
+        print("one sample grid, at the end: while they train, no process holds the whole model")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae and grid else None
 
-    def draw_grid(model, path):  # on all processes, which hold a part of the weights each
+    def draw_grid(model, path):
         y = torch.arange(grid) % min(10, config.num_classes)
         sheet = sample_images(model.eval(), y, args.seed, decode=decode, progress=Progress(grid * STEPS))
-        if rank == 0:
-            save_grid(sheet, min(10, config.num_classes, grid), path)
+        save_grid(sheet, min(10, config.num_classes, grid), path)
 
     def losses(model, x0, t, y, noise):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
@@ -665,7 +676,9 @@ def main(argv=None):
     for s in usual:
         signal.signal(s, on_signal)
 
-    log = open_log(args.out / "log.csv" if rank == 0 else Path(os.devnull), step)
+    log = (
+        open_log(args.out / "log.csv", step) if rank == 0 else csv.DictWriter(io.StringIO(), [], extrasaction="ignore")
+    )
     sample_every = args.sample_every or max(1, args.steps // 4)
     codes = sample_codes(model) if config.ternary else None
     acp = torch.from_numpy(diffusion.alphas_cumprod).to(args.device)
@@ -729,7 +742,7 @@ def main(argv=None):
             total = 0
         if saving or stopped:
             save_state(args.out, tensors, about | {"step": step}, args.keep_every)
-        if grid and step % sample_every == 0 and step < args.steps:
+        if grid and world == 1 and step % sample_every == 0 and step < args.steps:
             before = time.time()
             draw_grid(ema.module, args.out / f"grid-{step:07d}.png")
             start += time.time() - before  # not training time

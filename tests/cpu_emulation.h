@@ -22,7 +22,7 @@ using std::min;
 #define __shared__ static  // blocks run one at a time
 #define __launch_bounds__(...)
 #define __grid_constant__
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNoDevice = 100, cudaErrorLaunchTimeout = 702 };
+enum { cudaSuccess = 0, cudaErrorNoDevice = 100, cudaErrorLaunchTimeout = 702, cudaErrorNotSupported = 801 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 typedef void* cudaStream_t;
 struct uint4 { uint32_t x, y, z, w; };
@@ -147,8 +147,9 @@ inline void barrier_expect_bytes(uint64_t* bar, int bytes) { emu::settle(bar, 1,
 inline void barrier_arrive_if(uint64_t* bar, bool really) { if (really) emu::settle(bar, 1, 0); }
 inline void barrier_wait(uint64_t* bar, int parity) { emu::wait([=] { return (int)((emu::Barrier*)bar)->phase != parity; }); }
 struct CUtensorMap { const char* data; int rows, columns, box_rows, size; };
-inline CUtensorMap box_map(const void* data, int rows, int columns, int box_rows, int size, bool) {
-  return {(const char*)data, rows, columns, box_rows, size};
+inline bool box_map(CUtensorMap* map, const void* data, int rows, int columns, int box_rows, int size, bool) {
+  *map = {(const char*)data, rows, columns, box_rows, size};
+  return true;
 }
 inline void tma_load(void* dst, const CUtensorMap* map, int column, int row, uint64_t* bar) {
   const CUtensorMap m = *map;

@@ -27,7 +27,22 @@ def spy(x):
 train.all_sum = spy
 train.run(train.main)
 """
-FLAGS = ["--batch", "12", "--image-size", "8", "--grid", "0", "--dtype", "fp32", "--lr", "2e-3", "--device", "cpu"]
+FLAGS = [
+    "--batch",
+    "12",
+    "--image-size",
+    "8",
+    "--grid",
+    "4",
+    "--sample-every",
+    "7",
+    "--dtype",
+    "fp32",
+    "--lr",
+    "2e-3",
+    "--device",
+    "cpu",
+]
 
 
 def train_on(n, out, *flags, check=True, stop_after=None):

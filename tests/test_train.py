@@ -310,7 +310,9 @@ def test_failing_write_keeps_the_state_before(tmp_path, monkeypatch, full):
     if full == "disk":
         monkeypatch.setattr(torch, "save", fail)
     else:
-        monkeypatch.setattr(train, "atomic_write", fail)
+        write = train.atomic_write
+        failing = lambda path, w: fail() if path.name == "run.json" else write(path, w)
+        monkeypatch.setattr(train, "atomic_write", failing)
     with pytest.raises(OSError, match="state-0000004: cannot be written .*No space left.*state-0000002 is whole"):
         run(tmp_path, "--steps", 4)
     monkeypatch.undo()
