@@ -38,13 +38,13 @@ def random_model(size, image_size, mode, device):
     model = model.to(dtype).to_empty(device=device)
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.constant_(p, float("norm" in name))
+    # Four random codes of 0, 1, 2 a byte: one block for all layers, which spares the memory that is to be measured.
+    codes = sum(torch.randint(3, (256, 8192), dtype=torch.uint8, device=device) << s for s in (0, 2, 4, 6))
     for module in model.modules():
         if isinstance(module, PackedTernaryLinear):
             module.alphas.data = torch.full((1,), 0.02, device=device)
-            for part in module.weight.split(256):  # four random codes of 0, 1, 2 a byte, in pieces to spare memory
-                part.copy_(
-                    sum(torch.randint(3, part.shape, dtype=torch.uint8, device=device) << s for s in (0, 2, 4, 6))
-                )
+            for part in module.weight.split(256):
+                part.copy_(codes[: len(part), : part.shape[1]])
             if mode == "upstream":
                 module.forward = lambda x, m=module: F.linear(
                     x.float(), unpack_ternary(m.weight).float() * m.alphas, m.bias
