@@ -573,6 +573,7 @@ def main(argv=None):
     for name in ("batch", "steps", "lr", "image_size"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
+    replace(base, input_size=args.image_size // 8 if args.vae else args.image_size)  # refused before images are read
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not split evenly over {world} processes")
     args.dtype = args.dtype or ("bf16" if args.gpus else None) or ("bf16" if bf16_is_fast(args.device) else "fp32")
