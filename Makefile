@@ -31,14 +31,12 @@ test: $(READY)
 kernel-test: $(READY)
 	$(PYTHON) -m pytest -q tests/test_kernel.py
 
-bench: $(READY)
+bench: $(READY) runs/demo/packed.pt runs/demo-full/full.pt
 	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel.json
 	$(PYTHON) tests/bench_model.py --json runs/bench_model.json
 	$(PYTHON) tests/bench_qat.py --json runs/bench_qat.json
 	$(PYTHON) tests/bench_data.py --json runs/bench_data.json
 	$(PYTHON) tests/bench_faults.py --json runs/bench_faults.json
-	$(PYTHON) train.py --compile --out runs/demo
-	$(PYTHON) train.py --compile --out runs/demo-full --full-precision
 	$(PYTHON) tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
 
 bench-gpu: $(READY)
@@ -48,7 +46,7 @@ bench-gpu: $(READY)
 	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel_gpu.json
 	$(PYTHON) tests/bench_model.py --steps 50 --json runs/bench_model_gpu.json
 
-# Figures train only what is not there yet.
+# Benchmarks and figures train only what is not there yet.
 runs/demo/packed.pt: | $(READY)
 	$(PYTHON) train.py --compile --out runs/demo
 runs/demo-full/full.pt: | $(READY)

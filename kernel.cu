@@ -127,9 +127,24 @@ __device__ inline void widen(uint32_t word, uint32_t (&a)[2][4]) {
 __device__ inline uint32_t word_of(uint4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 __device__ inline uint4 load16(const void* p, bool valid) { return valid ? *(const uint4*)p : uint4{0, 0, 0, 0}; }
 
-// ------------------------------------------------------------------------------------------------- few
+// -------------------------------------------------------------------------------------------------what few and mma share
 // Which column of memory stands for which k of a product is free, as long as X and W agree. So lane c of each four
-// takes 16 neighbouring columns: one 16-byte load of W, and 8 columns of X a load, for four mmas.
+// takes 16 neighbouring columns: w, one 16-byte load of W, and load(j, h), 8 columns of tokens 8j to 8j + 7, four mmas.
+template <typename T, int J, typename Load> __device__ inline void multiply(float (&acc)[2][J][4], uint4 w, Load load) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    uint32_t a[2][2][4];
+    widen(word_of(w, 2 * h), a[0]), widen(word_of(w, 2 * h + 1), a[1]);
+#pragma unroll
+    for (int j = 0; j < J; j++) {
+      const uint4 x = load(j, h);
+#pragma unroll
+      for (int f = 0; f < 2; f++) mma<T>(acc[f][j], a[0][f], x.x, x.y), mma<T>(acc[f][j], a[1][f], x.z, x.w);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------few
 // One CTA: 8 byte rows, all tokens, as J tiles of 8. Its 8 warps take turns along K and are added up at the end.
 template <typename T, int J> __global__ void __launch_bounds__(256) few(Args<T> p) {
   __shared__ float sums[8][2][J][4][32];
@@ -141,18 +156,10 @@ template <typename T, int J> __global__ void __launch_bounds__(256) few(Args<T> 
     const int k = k0 + c * 16;
     const uint4 w = next;
     next = load16(W + k + 512, k + 512 < p.K);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      uint32_t a[2][2][4];
-      widen(word_of(w, 2 * h), a[0]), widen(word_of(w, 2 * h + 1), a[1]);
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        const int token = 8 * j + g;
-        const uint4 x = load16(p.X + (size_t)token * p.K + k + 8 * h, token < p.M && k < p.K);
-#pragma unroll
-        for (int f = 0; f < 2; f++) mma<T>(acc[f][j], a[0][f], x.x, x.y), mma<T>(acc[f][j], a[1][f], x.z, x.w);
-      }
-    }
+    multiply<T>(acc, w, [&](int j, int h) {
+      const int token = 8 * j + g;
+      return load16(p.X + (size_t)token * p.K + k + 8 * h, token < p.M && k < p.K);
+    });
   }
   for (int i = 0; i < 8 * J; i++) sums[warp][i / (4 * J)][i / 4 % J][i % 4][lane] = acc[i / (4 * J)][i / 4 % J][i % 4];
   __syncthreads();
@@ -191,7 +198,7 @@ template <int ROWS, typename T> __device__ inline void store(const void* smem, c
 
 // ------------------------------------------------------------------------------------------------- mma
 // One CTA: 32 byte rows (128 weight rows) x BT tokens; 8 warps as 4 x 2. X goes through a ring of 4 stages of 64
-// columns in shared memory, W straight to registers, one stage ahead. Columns are dealt to lanes as in few.
+// columns in shared memory, W straight to registers, one stage ahead. Columns are dealt to lanes by multiply.
 constexpr int X_PITCH = 144;  // bytes; 128 would put all 8 tokens of a tile into the same banks
 template <int BT> constexpr int MMA_SMEM = BT * (4 * X_PITCH > 2 * PITCH<32> ? 4 * X_PITCH : 2 * PITCH<32>);
 template <typename T, int BT> __global__ void __launch_bounds__(256, BT < 128 ? 2 : 1) mma_gemm(Args<T> p) {
@@ -219,17 +226,7 @@ template <typename T, int BT> __global__ void __launch_bounds__(256, BT < 128 ? 
     __syncthreads();  // stage s has landed for all, and nobody reads stage s - 1 any more
     fetch(s + 3);
     const char* x = smem + s % 4 * STAGE + (t + g) * X_PITCH + c * 32;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      uint32_t a[2][2][4];
-      widen(word_of(w, 2 * h), a[0]), widen(word_of(w, 2 * h + 1), a[1]);
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        const uint4 b = *(const uint4*)(x + 8 * j * X_PITCH + 16 * h);
-#pragma unroll
-        for (int f = 0; f < 2; f++) mma<T>(acc[f][j], a[0][f], b.x, b.y), mma<T>(acc[f][j], a[1][f], b.z, b.w);
-      }
-    }
+    multiply<T>(acc, w, [&](int j, int h) { return *(const uint4*)(x + 8 * j * X_PITCH + 16 * h); });
   }
   __syncthreads();
   Out<T, 32> out(smem, p, r0, r);

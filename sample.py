@@ -203,6 +203,14 @@ def pick_classes(wanted, config):
     return picked
 
 
+def peak_memory(device):
+    """Bytes: of the GPU's memory that torch took at most, or of this process's resident memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def report(path, model, device, seconds, n, steps):
     """What the paper's efficiency table (table 2) reports."""
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
@@ -210,11 +218,7 @@ def report(path, model, device, seconds, n, steps):
     codes, rest = size(t for t in tensors if t.dtype == torch.uint8), size(t for t in tensors if t.dtype != torch.uint8)
     files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("consolidated*"))[-1:]
     on_disk = sum(f.stat().st_size for f in files)
-    if device == "cuda":
-        peak, where = torch.cuda.max_memory_allocated(), "GPU memory"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident memory"
+    peak, where = peak_memory(device), "GPU memory" if device == "cuda" else "resident memory"
     mb = lambda b: f"{b / 1e6:,.2f} MB"
     if model.config.ternary:
         dtype = model.x_embedder.weight.dtype

@@ -623,6 +623,11 @@ def _announce(message):
     warnings.warn(message, stacklevel=2)
 
 
+def first_line(e):
+    """What an exception says, in one line; its type where it says nothing."""
+    return str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+
+
 @lru_cache(maxsize=None)
 def cuda_kernel(device):
     """kernel.cu as a ctypes library for `device`, compiled on first use, or None and a warning that names the reason.
@@ -642,8 +647,7 @@ def cuda_kernel(device):
         library = load(f"terdit_sm_{arch}", [str(source)], extra_cuda_cflags=flags, is_python_module=False)
         return ctypes.CDLL(library)
     except Exception as e:  # no nvcc, no compiler, no ninja, a driver that is too old, an edit that does not compile
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        _announce(f"kernel.cu is not used ({reason}): packed layers {SLOWLY}")
+        _announce(f"kernel.cu is not used ({first_line(e)}): packed layers {SLOWLY}")
         return None
 
 
@@ -766,11 +770,8 @@ def packed_linear(
     x: torch.Tensor, weight: torch.Tensor, alphas: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> torch.Tensor:
     """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path that packed_path names."""
-    path, rows, shape = (
-        packed_path(x.device, x.dtype),
-        x.reshape(-1, x.shape[-1]),
-        (*x.shape[:-1], 4 * len(weight)),
-    )
+    path, rows = packed_path(x.device, x.dtype), x.reshape(-1, x.shape[-1])
+    shape = (*x.shape[:-1], 4 * len(weight))
     alphas, bias = alphas.float(), bias if bias is None else bias.to(x.dtype)
     if path == "kernel":
         if shape[-1] % 32 or x.shape[-1] % 16:
@@ -853,7 +854,7 @@ def atomic_write(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except RuntimeError as e:  # what torch.save makes of a full disk
-        raise OSError(f"{path}: cannot be written ({str(e).strip().splitlines()[0]})") from None
+        raise OSError(f"{path}: cannot be written ({first_line(e)})") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -877,8 +878,7 @@ def read_checkpoint(path, expected):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; expected {expected}") from None
     except Exception as e:  # a damaged pickle raises almost anything
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-        raise ValueError(f"{path}: not {expected}, or cut short ({reason})") from None
+        raise ValueError(f"{path}: not {expected}, or cut short ({first_line(e)})") from None
 
 
 def _read_released(folder):

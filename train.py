@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from sample import STEPS, Progress, check_common, generator, load_decoder, load_encoder, positive, run, sample_images
 from sample import save_grid
 from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
-from terdit import atomic_write, load_model, pack_model, save_checkpoint, unpack_ternary
+from terdit import atomic_write, first_line, load_model, pack_model, save_checkpoint, unpack_ternary
 
 # What a size is trained with unless a flag says otherwise. The demo's was tuned for minutes on two cores; the paper's
 # sizes follow the paper: 448M images at 600M, in batches of 256.
@@ -324,7 +324,7 @@ def can_compile(device):
         torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(1024, device=device))
         return True
     except Exception as e:
-        print(f"--compile does not work here ({str(e).strip().splitlines()[0][:100]}): training without it, slower")
+        print(f"--compile does not work here ({first_line(e)[:100]}): training without it, slower")
         return False
 
 
@@ -512,6 +512,10 @@ def first_bad_layer(model, forward):
     return next(filter(None, bad), None)  # the model itself, which has no name, puts out what its last layer does
 
 
+def micro_batch(args, n_params):
+    return args.micro_batch or (32 if n_params > 200e6 else args.batch)
+
+
 def plan(args, config):
     """Print what a step of training takes. Shapes alone go through the model, as torch's fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -529,7 +533,7 @@ def plan(args, config):
         model = DiT(config)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         n, block = (4 * sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))  # bytes, fp32
-        micro = min(args.micro_batch or (32 if n > 800e6 else args.batch), -(-args.batch // gpus))
+        micro = min(micro_batch(args, n / 4), -(-args.batch // gpus))
         x, t = torch.empty(micro, config.in_channels, size, size), torch.zeros(micro, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda z: z), FlopCounterMode(display=False) as counter:
             model(x, t, t)
@@ -573,13 +577,13 @@ def main(argv=None):
     for name in ("batch", "steps", "lr", "image_size"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
-    replace(base, input_size=args.image_size // 8 if args.vae else args.image_size)  # refused before images are read
+    shape = dict(in_channels=4, input_size=args.image_size // 8) if args.vae else dict(input_size=args.image_size)
+    shaped = replace(base, **shape)  # what does not split into patches is refused before images are read
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not split evenly over {world} processes")
     args.dtype = args.dtype or ("bf16" if args.gpus else None) or ("bf16" if bf16_is_fast(args.device) else "fp32")
     if args.plan:
-        shape = dict(in_channels=4, input_size=args.image_size // 8) if args.vae else dict(input_size=args.image_size)
-        return plan(args, replace(base, **shape, ternary=not args.full_precision))
+        return plan(args, replace(shaped, ternary=not args.full_precision))
     args.out = Path(args.out or ("runs/fine-tuned" if args.init else f"runs/{args.size or 'tiny'}"))
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -635,7 +639,7 @@ def main(argv=None):
     if found := states(args.out):
         step = check_state(found[-1], about)
         load_tensors(found[-1], tensors)
-    micro = args.micro_batch or (32 if n_params > 200e6 else args.batch)
+    micro = micro_batch(args, n_params)
     print(f"{n_params / 1e6:.2f}M parameters{' in full precision' * args.full_precision}, "
           f"{(images.labels >= 0).sum()} images of {args.image_size}x{args.image_size}, steps {step}-{args.steps} of "
           f"{args.batch} images, {f'{world} x ' * (world > 1)}{args.device} {args.dtype}, in {args.out}")  # fmt: skip
@@ -718,7 +722,7 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         if world > 1:
-            ema.module.reshard()  # validation and grids leave some of it whole
+            ema.module.reshard()  # validation leaves some of it whole
         ema.update_parameters(model)
         step += 1
 

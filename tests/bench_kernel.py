@@ -22,17 +22,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from terdit import forced_kernel, pack_ternary, packed_linear, packed_linear_plain, packed_path, unpack_ternary  # noqa: E402
+from terdit import forced_kernel, pack_ternary, packed_linear, packed_linear_plain, packed_path  # noqa: E402
 
 SHAPES = {  # (N, K): where
     (1536, 1536): "600M attention", (4096, 1536): "600M w1, w3", (1536, 4096): "600M w2", (9216, 1024): "600M adaLN",
     (3072, 3072): "4.2B attention", (8192, 3072): "4.2B w1, w3", (3072, 8192): "4.2B w2", (18432, 1024): "4.2B adaLN",
 }  # fmt: skip
 CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}  # measured bf16 FLOP/s and bytes/s, of SXM boards
-
-
-def upstream(x, packed, alphas):
-    return F.linear(x.float(), unpack_ternary(packed).float() * alphas)
 
 
 def check(M, N, K, device):
@@ -93,7 +89,7 @@ def measure(M, N, K, device, rounds):
         [lambda w=w: packed_linear(x, w, alphas, None) for w in packed],
         [lambda w=w: F.linear(x, w) for w in dense],
         [lambda w=w: packed_linear_plain(x, w, alphas, None) for w in packed[:few]],
-        [lambda w=w: upstream(x, w, alphas) for w in packed[:few]],
+        [lambda w=w: packed_linear_plain(x.float(), w, alphas, None) for w in packed[:few]],
     ]
     rows = turns([c[0] for c in calls], rounds) if device == "cpu" else [[graph_seconds(c) for c in calls]]
     seconds = [statistics.median(column) for column in zip(*rows)]

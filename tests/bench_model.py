@@ -12,7 +12,6 @@ Every row's memory comes from a process of its own. The ratio comes from one pro
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,12 +19,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import terdit  # noqa: E402
-from sample import sample_latents  # noqa: E402
-from terdit import SIZES, Config, DiT, PackedTernaryLinear, unpack_ternary  # noqa: E402
+from sample import peak_memory, sample_latents  # noqa: E402
+from terdit import SIZES, Config, DiT, PackedTernaryLinear, packed_linear_plain  # noqa: E402
 
 
 def random_model(size, image_size, mode, device):
@@ -46,9 +44,7 @@ def random_model(size, image_size, mode, device):
             for part in module.weight.split(256):
                 part.copy_(codes[: len(part), : part.shape[1]])
             if mode == "upstream":
-                module.forward = lambda x, m=module: F.linear(
-                    x.float(), unpack_ternary(m.weight).float() * m.alphas, m.bias
-                )
+                module.forward = lambda x, m=module: packed_linear_plain(x.float(), m.weight, m.alphas, m.bias)
     return model.eval().requires_grad_(False)
 
 
@@ -83,11 +79,7 @@ def measure(size, image_size, mode, device, steps):
     step_seconds(model, device)
     times = [step_seconds(model, device) for _ in range(3 if device == "cpu" else 10)]
     run = None if mode == "upstream" and device == "cpu" else run_seconds(model, device, steps)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return dict(step_s=statistics.median(times), run_s=run, weight_bytes=weights, peak_bytes=peak)
+    return dict(step_s=statistics.median(times), run_s=run, weight_bytes=weights, peak_bytes=peak_memory(device))
 
 
 def ratios(size, image_size, device, steps, rounds):
