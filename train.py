@@ -764,16 +764,20 @@ def main(argv=None):
     weights = {k: v.cpu() for k, v in weights if rank == 0}
     if world > 1:
         dist.destroy_process_group()
-    if rank:
-        return
-    with torch.device("meta"):
-        model = DiT(config)
-    model.load_state_dict(weights, assign=True)
-    save_checkpoint(name, model if args.full_precision else pack_model(model))
-    print(f"{name}: {name.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {4 * n_params / 1e6:.2f} MB")
-    if grid:
-        draw_grid(load_model(name, args.device), args.out / "grid.png")  # the picture comes from the file
-        print(f"{args.out / 'grid.png'}: samples of {name.name}")
+    if rank == 0:
+        with torch.device("meta"):
+            model = DiT(config)
+        model.load_state_dict(weights, assign=True)
+        save_checkpoint(name, model if args.full_precision else pack_model(model))
+        print(f"{name}: {name.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {4 * n_params / 1e6:.2f} MB")
+        if grid:
+            draw_grid(load_model(name, args.device), args.out / "grid.png")  # the picture comes from the file
+            print(f"{args.out / 'grid.png'}: samples of {name.name}")
+    if world > 1:
+        # All is written. torch's own teardown sometimes aborts a process that has taken part in a group ("terminate
+        # called without an active exception"), and the launcher then kills the others, rank 0 at its files included.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
