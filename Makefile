@@ -9,7 +9,8 @@ help:
 	@echo "make kernel-test  after a change to kernel.cu: run it without a GPU, compile it for sm_80 and sm_90a"
 	@echo "make bench-gpu    on a GPU: check kernel.cu, then time it and whole models"
 	@echo "make bench        print every figure of README's results again (about 25 minutes on 2 cores)"
-	@echo "make fig2         the paper's figure 2: quantization after training against training with it"
+	@echo "make paper        the paper's figures and tables, small (half an hour): runs/paper/results.md and PNGs;"
+	@echo "                  alone: make fig1, fig2, fig4, table1, table2; make compare A=CKPT B=CKPT"
 	@echo "make install      only make the local environment, .venv"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "PYTHON=python3 after any of them uses your own environment"
@@ -31,12 +32,13 @@ test: $(READY)
 kernel-test: $(READY)
 	$(PYTHON) -m pytest -q tests/test_kernel.py
 
-bench: $(READY) runs/demo/packed.pt runs/demo-full/full.pt
+bench: $(READY)
 	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel.json
 	$(PYTHON) tests/bench_model.py --json runs/bench_model.json
 	$(PYTHON) tests/bench_qat.py --json runs/bench_qat.json
 	$(PYTHON) tests/bench_data.py --json runs/bench_data.json
 	$(PYTHON) tests/bench_faults.py --json runs/bench_faults.json
+	$(PYTHON) tests/paper.py fig1  # trains the two that come next, where they are missing
 	$(PYTHON) tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
 
 bench-gpu: $(READY)
@@ -46,16 +48,14 @@ bench-gpu: $(READY)
 	$(PYTHON) tests/bench_kernel.py --json runs/bench_kernel_gpu.json
 	$(PYTHON) tests/bench_model.py --steps 50 --json runs/bench_model_gpu.json
 
-# Benchmarks and figures train only what is not there yet.
-runs/demo/packed.pt: | $(READY)
-	$(PYTHON) train.py --compile --out runs/demo
-runs/demo-full/full.pt: | $(READY)
-	$(PYTHON) train.py --compile --out runs/demo-full --full-precision
+# SEEDS="0 1 2" gives fig2 and table1 as medians and ranges, of models trained from each.
+paper fig1 fig2 fig4 table1 table2: $(READY)
+	$(PYTHON) tests/paper.py $(@:paper=all) $(if $(SEEDS),--seeds $(SEEDS))
 
-fig2: runs/demo/packed.pt runs/demo-full/full.pt
-	$(PYTHON) tests/paper.py fig2
+compare: $(READY)
+	$(PYTHON) tests/paper.py compare $(A) $(B)
 
 clean:
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
 
-.PHONY: help install demo test kernel-test bench bench-gpu fig2 clean
+.PHONY: help install demo test kernel-test bench bench-gpu paper fig1 fig2 fig4 table1 table2 compare clean

@@ -94,9 +94,11 @@ class Config:
         return -(-hidden // self.multiple_of) * self.multiple_of
 
 
-SIZES = {  # ternary weights: 2.7M, 33M, 132M, 604M, 4.2B
-    "tiny": dict(input_size=24, patch_size=4, in_channels=3, dim=192, n_layers=4, n_heads=6, multiple_of=64,
-                 num_classes=10, learn_sigma=False, prediction="v", label_std=0.5, pos_embed=True),
+_DIGITS = dict(input_size=24, patch_size=4, in_channels=3, multiple_of=64, num_classes=10, learn_sigma=False,
+               prediction="v", label_std=0.5, pos_embed=True)
+SIZES = {  # ternary weights: 2.7M, 7.2M, 33M, 132M, 604M, 4.2B
+    "tiny": dict(**_DIGITS, dim=192, n_layers=4, n_heads=6),
+    "small": dict(**_DIGITS, dim=256, n_layers=6, n_heads=8),
     "S": dict(dim=384, n_layers=12, n_heads=6),
     "B": dict(dim=768, n_layers=12, n_heads=12),
     "600M": dict(dim=1536, n_layers=16, n_heads=32),

@@ -24,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import terdit  # noqa: E402
 from sample import peak_memory, sample_latents  # noqa: E402
 from terdit import SIZES, Config, DiT, PackedTernaryLinear, packed_linear_plain  # noqa: E402
+from tests.baselines import DiTConfig, DiTXL  # noqa: E402
 
 
 def random_model(size, image_size, mode, device):
-    config = Config(**{**SIZES[size], "input_size": image_size // 8})
-    if mode == "dense":
-        config.ternary = config.adaln_norm = False
     with torch.device("meta"):
-        model = DiT(config, packed=mode != "dense")
+        if size == "DiT-XL/2":
+            model = DiTXL(DiTConfig(input_size=image_size // 8))
+        else:
+            dense = dict(ternary=False, adaln_norm=False) if mode == "dense" else {}
+            model = DiT(Config(**SIZES[size] | dense | dict(input_size=image_size // 8)), packed=mode != "dense")
     dtype = torch.float32 if mode == "upstream" else torch.bfloat16
     model = model.to(dtype).to_empty(device=device)
     for name, p in model.named_parameters():
@@ -74,12 +76,25 @@ def run_seconds(model, device, steps):
 
 
 def measure(size, image_size, mode, device, steps):
+    """Median seconds of a step, after ten seconds of them or ten steps; of a run of `steps` (0: none); bytes."""
     model = random_model(size, image_size, mode, device)
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    step_seconds(model, device)
-    times = [step_seconds(model, device) for _ in range(3 if device == "cpu" else 10)]
-    run = None if mode == "upstream" and device == "cpu" else run_seconds(model, device, steps)
-    return dict(step_s=statistics.median(times), run_s=run, weight_bytes=weights, peak_bytes=peak_memory(device))
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    file = sum(t.numel() * (1 if t.dtype == torch.uint8 else 4) for t in tensors)  # the rest in fp32, as released
+    times = [step_seconds(model, device)]
+    while len(times) <= 10 and sum(times) < 10:
+        times.append(step_seconds(model, device))
+    step = statistics.median(times[1:] or times)  # the first one warms up
+    run = run_seconds(model, device, steps) if steps and not (mode == "upstream" and device == "cpu") else None
+    return dict(step_s=step, run_s=run, weight_bytes=weights, file_bytes=file, peak_bytes=peak_memory(device))
+
+
+def in_its_own_process(*arguments):
+    """measure(*arguments) there, so that its memory is its own. RuntimeError says in one line what went wrong."""
+    child = subprocess.run([sys.executable, __file__, "--one", json.dumps(arguments)], capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError((child.stderr.strip().splitlines() or ["killed, probably out of memory"])[-1][:100])
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def ratios(size, image_size, device, steps, rounds):
@@ -120,13 +135,11 @@ def main():
     for size in sizes:
         for image_size in image_sizes:
             for mode in args.modes:
-                one = json.dumps([size, image_size, mode, args.device, args.steps])
-                child = subprocess.run([sys.executable, __file__, "--one", one], capture_output=True, text=True)
-                if child.returncode:
-                    last = (child.stderr.strip().splitlines() or ["killed, probably out of memory"])[-1]
-                    print(f"{size:<5} {image_size:>5} {mode:<9} failed: {last[:100]}")
+                try:
+                    row = in_its_own_process(size, image_size, mode, args.device, args.steps)
+                except RuntimeError as e:
+                    print(f"{size:<5} {image_size:>5} {mode:<9} failed: {e}")
                     continue
-                row = json.loads(child.stdout.splitlines()[-1])
                 results.append(dict(size=size, image_size=image_size, mode=mode, steps=args.steps, **row))
                 run = f"{row['run_s']:8.2f}" if row["run_s"] else "       -"
                 print(f"{size:<5} {image_size:>5} {mode:<9} {row['step_s']:8.3f} {run} {row['weight_bytes'] / 1e6:11.1f} "
