@@ -349,7 +349,7 @@ def main():
     p.add_argument("part", choices=[*parts, "all", "compare"])
     p.add_argument("ckpt", nargs="*", metavar="CKPT", help="compare: the two checkpoints")
     p.add_argument("--out", type=Path, default=Path("runs/paper"))
-    p.add_argument("--n", type=positive, default=500, help="samples a row of fig2 and table1")
+    p.add_argument("--n", type=positive, default=300, help="samples a row of fig2 and table1")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="fig2, table1: of training and sampling")
     p.add_argument("--classes", nargs="+", help="compare: names or indices")
     p.add_argument("--cfg", type=float, help="compare: guidance; default 1.5, of latents 4")
