@@ -62,16 +62,7 @@ class Config:
     latent_scale: float = 0.18215  # latents are multiplied by it to have a variance of about 1 (SD VAE)
 
     def __post_init__(self):
-        for name in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "dim",
-            "n_layers",
-            "n_heads",
-            "multiple_of",
-            "num_classes",
-        ):
+        for name in "input_size patch_size in_channels dim n_layers n_heads multiple_of num_classes".split():
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected a whole number above 0")
         if self.dim % (2 * self.n_heads):
@@ -293,11 +284,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x, c, freqs_cis, modulation=None):
         modulation = self.adaLN_modulation(c) if modulation is None else modulation  # (N, 6 * D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        x = x + gate_msa.unsqueeze(1) * self.attention(
-            modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis
-        )
-        x = x + gate_mlp.unsqueeze(1) * self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp))
-        return x
+        attended = self.attention(modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis)
+        x = x + gate_msa.unsqueeze(1) * attended
+        return x + gate_mlp.unsqueeze(1) * self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
@@ -492,23 +481,22 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - acp)
 
     @staticmethod
-    def _at(table, t, x):
-        """table[t] as fp32, shaped (N, 1, 1, 1) to go with x."""
-        return torch.from_numpy(table).to(t.device)[t].float().view(-1, *[1] * (x.ndim - 1))
+    def _at(table, t):
+        """table[t] as fp32 (N, 1, 1, 1), to go with images (N, C, H, W)."""
+        return torch.from_numpy(table).to(t.device)[t].float().view(-1, 1, 1, 1)
 
     def q_sample(self, x0, t, noise):
         """Noise x0 (N, C, H, W) to timestep t (N,) in one go (DDPM eq. 4)."""
-        scale, spread = self._at(self.sqrt_alphas_cumprod, t, x0), self._at(self.sqrt_one_minus_alphas_cumprod, t, x0)
-        return scale * x0 + spread * noise
+        return self._at(self.sqrt_alphas_cumprod, t) * x0 + self._at(self.sqrt_one_minus_alphas_cumprod, t) * noise
 
     def _turn(self, a, t, b):
         """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b: v of (eps, x0), and, as a rotation, x0 of (x, v)."""
-        return self._at(self.sqrt_alphas_cumprod, t, a) * a - self._at(self.sqrt_one_minus_alphas_cumprod, t, a) * b
+        return self._at(self.sqrt_alphas_cumprod, t) * a - self._at(self.sqrt_one_minus_alphas_cumprod, t) * b
 
     def q_posterior(self, x0, x, t):
         """Mean and log variance of q(x_{t-1} | x_t, x_0)."""
-        mean = self._at(self.posterior_mean_coef1, t, x) * x0 + self._at(self.posterior_mean_coef2, t, x) * x
-        return mean, self._at(self.posterior_log_variance_clipped, t, x)
+        mean = self._at(self.posterior_mean_coef1, t) * x0 + self._at(self.posterior_mean_coef2, t) * x
+        return mean, self._at(self.posterior_log_variance_clipped, t)
 
     def p_mean_variance(self, model_out, x, t, clip_denoised=False):
         """Read the model's output (N, 2C or C, H, W) at x (N, C, H, W), t (N,).
@@ -520,14 +508,13 @@ class GaussianDiffusion:
         if self.prediction == "v":
             x0 = self._turn(x, t, pred)
         else:
-            x0 = self._at(self.sqrt_recip_alphas_cumprod, t, x) * x
-            x0 = x0 - self._at(self.sqrt_recipm1_alphas_cumprod, t, x) * pred
+            x0 = self._at(self.sqrt_recip_alphas_cumprod, t) * x - self._at(self.sqrt_recipm1_alphas_cumprod, t) * pred
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
         mean, log_variance = self.q_posterior(x0, x, t)
         if sigma:
             frac = (sigma[0] + 1) / 2
-            log_variance = frac * self._at(np.log(self.betas), t, x) + (1 - frac) * log_variance
+            log_variance = frac * self._at(np.log(self.betas), t) + (1 - frac) * log_variance
         log_variance = log_variance.expand_as(x)
         return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=x0)
 
@@ -576,10 +563,8 @@ class GaussianDiffusion:
         def step(p, x, t, noise):
             x0 = p["pred_xstart"]
             # eps from x0, so that clipping x0 reaches it.
-            eps = (self._at(self.sqrt_recip_alphas_cumprod, t, x) * x - x0) / self._at(
-                self.sqrt_recipm1_alphas_cumprod, t, x
-            )
-            acp, prev = self._at(self.alphas_cumprod, t, x), self._at(self.alphas_cumprod_prev, t, x)
+            eps = (self._at(self.sqrt_recip_alphas_cumprod, t) * x - x0) / self._at(self.sqrt_recipm1_alphas_cumprod, t)
+            acp, prev = self._at(self.alphas_cumprod, t), self._at(self.alphas_cumprod_prev, t)
             sigma = eta * ((1 - prev) / (1 - acp)).sqrt() * (1 - acp / prev).sqrt()
             return x0 * prev.sqrt() + (1 - prev - sigma**2).sqrt() * eps + sigma * noise
 
@@ -674,14 +659,12 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
         ("alphas", alphas, (1,), torch.float32, x.device),
         ("bias", bias, (N,), x.dtype, x.device),
     ):
-        if z is not None and [tuple(z.shape), z.dtype, z.device] != want:
-            got = [tuple(z.shape), z.dtype, z.device]
+        if z is not None and (got := [tuple(z.shape), z.dtype, z.device]) != want:
             raise ValueError(f"{name} of {want} wanted for x of {tuple(x.shape)}, got {got}")
     # Loads are 16 bytes wide: tensors that are strided or start at odd places are copied.
-    fit = lambda z: (
-        z if z.is_contiguous() and z.data_ptr() % 16 == 0 else z.clone(memory_format=torch.contiguous_format)
-    )
-    x, weight, bias, y = fit(x), fit(weight), bias if bias is None else fit(bias), x.new_empty(M, N)
+    fits = lambda z: z is None or z.is_contiguous() and z.data_ptr() % 16 == 0
+    x, weight, bias = (z if fits(z) else z.clone(memory_format=torch.contiguous_format) for z in (x, weight, bias))
+    y = x.new_empty(M, N)
     if M == 0:
         return y
     pointers = [ctypes.c_void_p(None if z is None else z.data_ptr()) for z in (x, weight, alphas, bias, y)]
@@ -777,9 +760,8 @@ def packed_linear(
     alphas, bias = alphas.float(), bias if bias is None else bias.to(x.dtype)
     if path == "kernel":
         if shape[-1] % 32 or x.shape[-1] % 16:
-            _announce(
-                f"a layer of {shape[-1]}x{x.shape[-1]} fits no tile of kernel.cu (N % 32, K % 16): naive kernel, slow"
-            )
+            size = f"{shape[-1]}x{x.shape[-1]}"
+            _announce(f"a layer of {size} fits no tile of kernel.cu (N % 32, K % 16): naive kernel, slow")
         try:
             return launch_kernel(cuda_kernel(x.device), rows, weight, alphas, bias, *forced_kernel()).view(shape)
         except KernelError as e:
@@ -887,40 +869,37 @@ def _read_released(folder):
     """A released TerDiT or Large-DiT folder -> Config fields, state dict. Sizes come from the tensors' shapes."""
     from argparse import Namespace  # the one class that upstream's model_args.pth needs; nothing else may be unpickled
 
-    files = {name: folder / f"{name}.00-of-01.pth" for name in ("consolidated_ema_ternary", "consolidated_ema")}
-    found = [f for f in files.values() if f.is_file()]
+    files = [folder / f"{name}.00-of-01.pth" for name in ("consolidated_ema_ternary", "consolidated_ema")]
+    found = [f for f in files if f.is_file()]
     if not found:
-        raise FileNotFoundError(f"{folder}: a released folder holds {' or '.join(f.name for f in files.values())}")
+        raise FileNotFoundError(f"{folder}: a released folder holds {' or '.join(f.name for f in files)}")
     with torch.serialization.safe_globals([Namespace]):
         args = read_checkpoint(folder / "model_args.pth", "a released model's arguments")
     state = read_checkpoint(found[0], "a released model's weights")
+    patch_size = 2  # every released model's name ends in _patch2
     try:
-        image_size, vae = int(getattr(args, "image_size", 256)), getattr(args, "vae", "ema")
         dim, patch_dim = state["x_embedder.weight"].shape
-        n_layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
         num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        learn_sigma = len(state["final_layer.linear.weight"]) == 2 * patch_dim
         ffn_dim = state["layers.0.feed_forward.w2.weight"].shape[-1]
+        config = dict(
+            input_size=int(getattr(args, "image_size", 256)) // 8,
+            patch_size=patch_size,
+            in_channels=patch_dim // patch_size**2,
+            dim=dim,
+            n_layers=1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers.")),
+            n_heads=32,
+            multiple_of=next((m for m in (256, 128, 64, 32) if -(-int(8 * dim / 3) // m) * m == ffn_dim), 1),
+            num_classes=num_classes,
+            learn_sigma=len(state["final_layer.linear.weight"]) == 2 * patch_dim,
+            qk_norm="layers.0.attention.q_norm.weight" in state,
+            ternary="layers.0.attention.wq.alphas" in state,
+            adaln_norm="layers.0.adaLN_modulation.2.weight" in state,
+            vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
+            # Upstream numbered the classes by their indices as strings: 0, 1, 10, 100, 101, ... so 207 is row 121.
+            class_names=sorted(str(i) for i in range(num_classes)),
+        )
     except (LookupError, ValueError, TypeError, AttributeError) as e:
         raise ValueError(f"{found[0]}: not the weights of a TerDiT or Large-DiT ({e})") from None
-    patch_size = 2  # every released model's name ends in _patch2
-    config = dict(
-        input_size=image_size // 8,
-        patch_size=patch_size,
-        in_channels=patch_dim // patch_size**2,
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=32,
-        multiple_of=next((m for m in (256, 128, 64, 32) if -(-int(8 * dim / 3) // m) * m == ffn_dim), 1),
-        num_classes=num_classes,
-        learn_sigma=learn_sigma,
-        qk_norm="layers.0.attention.q_norm.weight" in state,
-        ternary="layers.0.attention.wq.alphas" in state,
-        adaln_norm="layers.0.adaLN_modulation.2.weight" in state,
-        vae=f"stabilityai/sd-vae-ft-{vae}",
-        # Upstream numbered the classes by their indices as strings: 0, 1, 10, 100, 101, ... so 207 is row 121.
-        class_names=sorted(str(i) for i in range(num_classes)),
-    )
     return config, state
 
 
@@ -952,9 +931,7 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
         packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
         with torch.device("meta"):
             model = DiT(config, packed=packed)
-        ternary = {
-            f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (TernaryLinear, PackedTernaryLinear))
-        }
+        ternary = {k.removesuffix("alphas") + "weight" for k in state if k.endswith("alphas")}
         for name, value in state.items():
             if packed and name in ternary:
                 check_packed(value, name)
