@@ -79,9 +79,7 @@ def digits(n, size=24, seed=0):
     for i in range(n):
         turn, slant, stretch = rng.uniform(-0.12, 0.12), rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.15)
         rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        inverse = (
-            rotation @ [[stretch, slant], [0, 1]] * rng.uniform(0.43, 0.53) * 192 / big
-        )  # of a pixel to its source
+        inverse = rotation @ [[stretch, slant], [0, 1]] * rng.uniform(0.43, 0.53) * 192 / big  # a pixel to its source
         offset = 96 - inverse @ (big / 2 + rng.uniform(-0.05, 0.05, 2) * big)
         source = glyph(str(labels[i]), int(rng.integers(1, 5)))
         affine = (*inverse[0], offset[0], *inverse[1], offset[1])
@@ -349,17 +347,16 @@ def build_model(args, config, state=None):
     model = DiT(config)
     if state is None:
         return model
-    ours = model.state_dict()
+    ours, table = model.state_dict(), "y_embedder.embedding_table.weight"
+    state = {table: ours[table]} | state
+    for name in ours.keys() - state.keys():
+        if name.endswith("alphas"):  # from full precision: alpha starts at the quantizer's scale
+            state[name] = state[name.replace("alphas", "weight")].abs().mean().view(1)
     for name in ours.keys() | state.keys():
-        if name == "y_embedder.embedding_table.weight" and name not in state:
-            continue
-        if name.endswith("alphas") and name not in state:  # from full precision: alpha starts at the quantizer's scale
-            ours[name].copy_(state[name.replace("alphas", "weight")].abs().mean())
-        elif name not in ours or name not in state or ours[name].shape != state[name].shape:
-            shapes = [tuple(d[name].shape) if name in d else "none" for d in (state, ours)]
-            raise ValueError(f"--init {args.init} does not fit: its {name} is {shapes[0]}, this model's {shapes[1]}")
-        else:
-            ours[name].copy_(state[name])
+        there, here = (tuple(d[name].shape) if name in d else "none" for d in (state, ours))
+        if there != here:
+            raise ValueError(f"--init {args.init} does not fit: its {name} is {there}, this model's {here}")
+        ours[name].copy_(state[name])
     return model
 
 
@@ -393,8 +390,8 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def shard(model, device):
-    """Split every parameter over the processes (FSDP2): a block's weights are whole only while it computes.
+def place(model, device):
+    """Move a model to its device, on many processes in parts (FSDP2): a block's weights are whole while it computes.
 
     They are gathered in fp32, then rounded: so ternarize divides by the whole matrix's mean, and its codes are those
     that packing will make. Of weights gathered in bf16 (MixedPrecisionPolicy), some would round to other codes.
@@ -402,6 +399,9 @@ def shard(model, device):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
+    if not dist.is_initialized():
+        model.to(device)
+        return
     state, mesh = model.state_dict(), dist.init_device_mesh(device, (dist.get_world_size(),))
     model.to("meta")
     for part in (*model.layers, model):
@@ -440,8 +440,7 @@ def save_state(out, tensors, about, keep_every):
 
 def reason(e):
     """One line of an exception; of DCP's, which hold one for each process, the first."""
-    e = next(iter(e.failures.values()))[0] if isinstance(e, dcp.api.CheckpointException) else e
-    return " ".join((str(e) or type(e).__name__).split())[:200]
+    return first_line(next(iter(e.failures.values()))[0] if isinstance(e, dcp.api.CheckpointException) else e)
 
 
 def load_tensors(path, tensors):
@@ -502,14 +501,18 @@ def sample_codes(model):
 
 
 def first_bad_layer(model, forward):
-    """Name of the first module that puts out something not finite in forward(), or None."""
+    """Name of the first module that puts out something not finite in forward(), on any of the processes."""
     bad = []
     for name, module in model.named_modules():
         module._compiled_call_impl = None  # hooks do not reach into compiled code
         module.register_forward_hook(lambda module, x, out, name=name: bad.extend([name] * (not out.isfinite().all())))
     with torch.no_grad():
         forward()
-    return next(filter(None, bad), None)  # the model itself, which has no name, puts out what its last layer does
+    first = next(filter(None, bad), None)  # the model itself, which has no name, puts out what its last layer does
+    found = [first] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, first)
+    return next(filter(None, found), "the backward pass")
 
 
 def micro_batch(args, n_params):
@@ -552,39 +555,52 @@ def plan(args, config):
           f"and reach 40% of their 989 TFLOP/s")  # fmt: skip
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    warnings.filterwarnings("ignore", module="PIL|torch.distributed")  # odd but readable images; one process is fine
-    if args.init and args.size:
-        raise ValueError("--init takes its size from the checkpoint: leave out --size")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a launcher (torchrun) started this and other processes
-        if args.device == "cuda":
+def join(device):
+    """Take part in what a launcher (torchrun) started, if one did -> this process's number, and how many there are."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
-        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
-    rank, world = ranks()
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    base, init_state = read_init(args.init) if args.init else (Config(**SIZES[args.size or "tiny"]), None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
+    return ranks()
+
+
+def resolve(args):
+    """Fill in what the command leaves open, from DEMO or PAPER, from --init and from a cache.
+
+    -> the model's Config, to which the data's classes and channels are yet to be added, and the weights of --init.
+    """
+    if args.init and args.size:
+        raise ValueError("--init takes its size from the checkpoint: leave out --size")
+    base, state = read_init(args.init) if args.init else (Config(**SIZES[args.size or "tiny"]), None)
     recipe = dict(DEMO if base.prediction == "v" else PAPER)
+    recipe["dtype"] = "bf16" if args.gpus or bf16_is_fast(args.device) else "fp32"
     if args.data and (Path(args.data) / "header.json").is_file():
         recipe["image_size"] = open_cache(Path(args.data)).header["image_size"]
     elif base.vae and not args.vae:
         raise ValueError(f"--init {args.init} works on {base.in_channels} channels, latents of {base.vae}: add --vae")
     elif args.vae or args.init:
         recipe["image_size"] = 256 if args.vae else base.input_size
-    for name in ("batch", "steps", "lr", "image_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
+    vars(args).update(recipe | {k: v for k, v in vars(args).items() if v is not None})
+    args.out = Path(args.out or ("runs/fine-tuned" if args.init else f"runs/{args.size or 'tiny'}"))
     shape = dict(in_channels=4, input_size=args.image_size // 8) if args.vae else dict(input_size=args.image_size)
-    shaped = replace(base, **shape)  # what does not split into patches is refused before images are read
+    large_dit = args.full_precision and not args.init  # has no norm there; what is fine-tuned keeps what it has
+    adaln_norm = base.adaln_norm and not (args.no_adaln_norm or large_dit)
+    # What does not split into patches is refused here, before images are read.
+    return replace(base, ternary=not args.full_precision, adaln_norm=adaln_norm, **shape), state
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    warnings.filterwarnings("ignore", module="PIL|torch.distributed")  # odd but readable images; one process is fine
+    rank, world = join(args.device)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    base, init_state = resolve(args)
+    if args.plan:
+        return plan(args, base)
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} does not split evenly over {world} processes")
-    args.dtype = args.dtype or ("bf16" if args.gpus else None) or ("bf16" if bf16_is_fast(args.device) else "fp32")
-    if args.plan:
-        return plan(args, replace(shaped, ternary=not args.full_precision))
-    args.out = Path(args.out or ("runs/fine-tuned" if args.init else f"runs/{args.size or 'tiny'}"))
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
@@ -598,22 +614,18 @@ def main(argv=None):
     data = load_data(args)
     images, _, _, held_out = data
     header, class_names = images.header, images.header["class_names"]
-    large_dit = args.full_precision and not args.init  # has no norm there; what is fine-tuned keeps what it has
     config = replace(base, in_channels=images.shape[0], input_size=images.shape[1], num_classes=len(class_names),
-                     class_names=class_names, vae=header.get("vae"), ternary=not args.full_precision,
-                     latent_scale=header.get("latent_scale", base.latent_scale),
-                     adaln_norm=base.adaln_norm and not (args.no_adaln_norm or large_dit))  # fmt: skip
+                     class_names=class_names, vae=header.get("vae"),
+                     latent_scale=header.get("latent_scale", base.latent_scale))  # fmt: skip
     if args.init and base.class_names != class_names:
         init_state = {k: v for k, v in init_state.items() if not k.startswith("y_embedder.")}
         print(f"new label table: {args.init} has {base.num_classes} classes, here are {len(class_names)}")
     with torch.device("cpu" if rank == 0 else "meta"):
         model = build_model(args, config, init_state)
     n_params = sum(p.numel() for p in model.parameters())
-    model = model.to(args.device) if world == 1 else model
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe["ema"]))
-    if world > 1:
-        shard(model, args.device)
-        shard(ema.module, args.device)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    for whole_model in (model, ema.module):
+        place(whole_model, args.device)
     compiled = args.compile and can_compile(args.device)
     for layer in model.layers:
         if args.checkpointing:
@@ -621,13 +633,14 @@ def main(argv=None):
         if compiled:
             layer.compile(dynamic=False)
     diffusion = GaussianDiffusion(prediction=config.prediction)
-    optimizer = make_optimizer(model, args.lr, recipe["betas"])
-    tensors = {f"model.{k}": v.detach() for k, v in model.named_parameters()} | {"n_averaged": ema.n_averaged}
-    tensors |= {f"ema.{k}": v.detach() for k, v in ema.module.named_parameters()}
-    for name, p in model.named_parameters():  # AdamW's first state as it makes it itself, but there to load into
-        zeros = [torch.zeros_like(p.detach()) for _ in range(2)]
-        optimizer.state[p] = dict(zip(("step", "exp_avg", "exp_avg_sq"), (torch.zeros((), device=p.device), *zeros)))
-        tensors |= {f"{k}.{name}": v for k, v in optimizer.state[p].items()}
+    optimizer = make_optimizer(model, args.lr, args.betas)
+    tensors = {"n_averaged": ema.n_averaged}  # with about, below, all that a resumed run needs
+    for (name, p), averaged in zip(model.named_parameters(), ema.module.parameters()):
+        zeros = {k: torch.zeros_like(p.detach()) for k in ("exp_avg", "exp_avg_sq")}
+        # AdamW's first state as it makes it itself, but there to load into.
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), **zeros)
+        kinds = dict(model=p.detach(), ema=averaged.detach(), **optimizer.state[p])
+        tensors |= {f"{kind}.{name}": v for kind, v in kinds.items()}
     about = dict(format=STATE, config=asdict(config), images=len(images.labels), torch=str(torch.__version__))
     about["files"] = zlib.crc32(json.dumps(header.get("files")).encode())
     about |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "seed", "init", "dtype")}
@@ -646,9 +659,9 @@ def main(argv=None):
 
     grid = args.grid
     if grid is None:
-        grid = 0 if config.vae else min(40, 4 * config.num_classes)
-        if grid and args.device == "cpu" and n_params > 50e6:
-            grid = 0
+        large = args.device == "cpu" and n_params > 50e6
+        grid = 0 if config.vae or large else min(40, 4 * config.num_classes)
+        if large and not config.vae:
             print("no sample grids: a model of this size takes minutes an image on a CPU (--grid N draws them)")
     if grid and world > 1:
         print("one sample grid, at the end: while they train, no process holds the whole model")
@@ -659,6 +672,9 @@ def main(argv=None):
         sheet = sample_images(model.eval(), y, args.seed, decode=decode, progress=Progress(grid * STEPS))
         save_grid(sheet, min(10, config.num_classes, grid), path)
 
+    def micro_batches(*tensors):
+        return list(zip(*(z.to(args.device).split(micro) for z in tensors)))
+
     def losses(model, x0, t, y, noise):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
             return diffusion.training_losses(model, x0, t, y, noise)
@@ -668,7 +684,7 @@ def main(argv=None):
         """Loss of the averaged model on what is held out, with the same timesteps and noise each time."""
         x0, y = (z[: 4 * args.batch] for z in held_out)
         t, noise = torch.arange(len(y)) * 1000 // len(y), torch.randn(x0.shape, generator=generator(args.seed, 3))
-        parts = zip(*(z.to(args.device).split(micro) for z in (x0, t, y, noise)))
+        parts = micro_batches(x0, t, y, noise)
         return sum(losses(ema.module, *part)["loss"].sum().item() for part in parts) / len(y)
 
     stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -681,9 +697,7 @@ def main(argv=None):
     for s in usual:
         signal.signal(s, on_signal)
 
-    log = (
-        open_log(args.out / "log.csv", step) if rank == 0 else csv.DictWriter(io.StringIO(), [], extrasaction="ignore")
-    )
+    log = open_log(args.out / "log.csv", step) if rank == 0 else None
     sample_every = args.sample_every or max(1, args.steps // 4)
     codes = sample_codes(model) if config.ternary else None
     acp = torch.from_numpy(diffusion.alphas_cumprod).to(args.device)
@@ -693,14 +707,14 @@ def main(argv=None):
     while step < args.steps and not stopped:
         # The learning rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small.
         decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        lr = args.lr * min(1, (step + 1) / recipe["warmup"]) * decay
+        lr = args.lr * min(1, (step + 1) / args.warmup) * decay
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        parts = [z.to(args.device).split(micro) for z in batch.result()]
+        parts = micro_batches(*batch.result())
         batch = pool.submit(draw_batch, data, config, args, diffusion, step + 1)
         seen = torch.zeros(11, device=args.device, dtype=torch.float64)  # stop, loss, 1, MSE by quartile, counts
         # Gradients add up over micro-batches, which bounds the memory of activations.
-        for x0, t, y, noise in zip(*parts):
+        for x0, t, y, noise in parts:
             terms = losses(model, x0, t, y, noise)
             part = terms["loss"].sum() / args.batch
             (part * world).backward()  # FSDP takes the mean over the processes
@@ -712,10 +726,7 @@ def main(argv=None):
         total = total + all_sum(seen).cpu().numpy()
         stopped, loss, *_ = seen.tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = [first_bad_layer(model, lambda: [losses(model, *part) for part in zip(*parts)])] * world
-            if world > 1:
-                dist.all_gather_object(where, where[0])
-            where = next(filter(None, where), "the backward pass")
+            where = first_bad_layer(model, lambda: [losses(model, *part) for part in parts])
             kept = f"{states(args.out)[-1]} holds the last good state" if states(args.out) else "nothing was saved yet"
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}, not finite first in {where}: "
                              f"stopped; {kept}. Try a lower --lr")  # fmt: skip
@@ -743,7 +754,8 @@ def main(argv=None):
                 row["zero"], row["flipped"] = (all_sum(counts)[:2] / counts[2]).tolist()
             if saving and held_out:
                 row["val_loss"] = validate()
-            log.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            if log:
+                log.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
             total = 0
         if saving or stopped:
             save_state(args.out, tensors, about | {"step": step}, args.keep_every)
