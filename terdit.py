@@ -705,7 +705,7 @@ def packed_linear_plain(x, weight, alphas, bias):
 
 
 class _Scratch(threading.local):
-    """Memory kept from call to call, for each thread its own: fresh pages would cost as much as what is done in them."""
+    """Memory kept from call to call, each thread its own: fresh pages would cost as much as what is done in them."""
 
     bytes = torch.empty(0, dtype=torch.uint8)
 
@@ -754,7 +754,7 @@ def _linear_blocks(x, weight, alphas, bias):
 def packed_linear(
     x: torch.Tensor, weight: torch.Tensor, alphas: torch.Tensor, bias: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path that packed_path names."""
+    """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path of packed_path."""
     path, rows = packed_path(x.device, x.dtype), x.reshape(-1, x.shape[-1])
     shape = (*x.shape[:-1], 4 * len(weight))
     alphas, bias = alphas.float(), bias if bias is None else bias.to(x.dtype)

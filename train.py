@@ -12,8 +12,6 @@ and more processes change no more than the order of additions.
 
 import argparse
 import colorsys
-import csv
-import io
 import json
 import math
 import os
@@ -287,7 +285,7 @@ def parse_args(argv=None):
     flag("--fresh", action="store_true", help="start over where the run folder holds a state")
     flag("--save-every", type=positive, default=1000, metavar="STEPS", help="default 1000; the last two are kept")
     flag("--keep-every", type=positive, metavar="STEPS", help="save at these steps too, and keep it for good")
-    flag("--sample-every", type=positive, metavar="STEPS", help="default: a quarter of the run")
+    flag("--sample-every", type=positive, metavar="STEPS", help="default: a quarter of the run; on one process")
     flag("--grid", type=int, metavar="N", help="images in a sample grid, 0 for none; default 4 a class, up to 40; none "
          "of latents and for large models on a CPU")
     flag("--checkpointing", action="store_true", help="compute a block's activations twice instead of keeping them")
@@ -420,8 +418,6 @@ def save_state(out, tensors, about, keep_every):
     """Write tensors (each process its own parts) and the dict `about` beside, then rename; keep the last two."""
     path = out / f"state-{about['step']:07d}"
     beside, first = path.with_suffix(".tmp"), ranks()[0] == 0
-    if path.exists():
-        return
     try:
         dcp.save(tensors, checkpoint_id=beside)  # flushed to the disk
         if first:
@@ -475,19 +471,18 @@ def check_state(path, about):
 
 
 def open_log(path, step):
-    """log.csv: one row each ten steps, -> its DictWriter. Rows past a resumed step go, so the file reads as one run.
+    """log.csv, one row each ten steps -> function that adds one. Rows past a resumed step go: it reads as one run.
 
     mse_q1..4: mean square error of the predicted noise at timesteps 0-249, ... 750-999. zero, flipped: share of ternary
     codes that are 0, and that changed in the 100 steps (or since the resume). val_loss: of the averaged model.
     """
-    fields, rows = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss".split(), []
-    if step and path.is_file():
-        with open(path, newline="") as file:
-            rows = [r for r in csv.DictReader(file, fields) if r["step"].isdigit() and int(r["step"]) <= step]
-    text = io.StringIO(newline="")
-    csv.DictWriter(text, fields, extrasaction="ignore").writerows([dict(zip(fields, fields)), *rows])
-    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
-    return csv.DictWriter(open(path, "a", newline="", buffering=1), fields, extrasaction="ignore")
+    fields = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss".split()
+    rows = [line.split(",") for line in path.read_text().splitlines()] if step and path.is_file() else []
+    rows = [fields, *(row for row in rows if row[0].isdigit() and int(row[0]) <= step)]
+    atomic_write(path, lambda file: file.write("".join(",".join(row) + "\n" for row in rows).encode()))
+    file = open(path, "a", buffering=1)
+    show = lambda v: f"{v:.6g}" if isinstance(v, float) else v
+    return lambda row: print(*(show(row.get(k, "")) for k in fields), sep=",", file=file)
 
 
 def sample_codes(model):
@@ -624,8 +619,8 @@ def main(argv=None):
         model = build_model(args, config, init_state)
     n_params = sum(p.numel() for p in model.parameters())
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    for whole_model in (model, ema.module):
-        place(whole_model, args.device)
+    for m in (model, ema.module):
+        place(m, args.device)
     compiled = args.compile and can_compile(args.device)
     for layer in model.layers:
         if args.checkpointing:
@@ -659,12 +654,7 @@ def main(argv=None):
 
     grid = args.grid
     if grid is None:
-        large = args.device == "cpu" and n_params > 50e6
-        grid = 0 if config.vae or large else min(40, 4 * config.num_classes)
-        if large and not config.vae:
-            print("no sample grids: a model of this size takes minutes an image on a CPU (--grid N draws them)")
-    if grid and world > 1:
-        print("one sample grid, at the end: while they train, no process holds the whole model")
+        grid = 0 if config.vae or args.device == "cpu" and n_params > 50e6 else min(40, 4 * config.num_classes)
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae and grid else None
 
     def draw_grid(model, path):
@@ -755,7 +745,7 @@ def main(argv=None):
             if saving and held_out:
                 row["val_loss"] = validate()
             if log:
-                log.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+                log(row)
             total = 0
         if saving or stopped:
             save_state(args.out, tensors, about | {"step": step}, args.keep_every)
