@@ -183,9 +183,9 @@ def make_cache(args, cache):
     parts, progress = [todo[i : i + 16] for i in range(0, len(todo), 16)], Progress(len(todo), "reading images")
     with ThreadPoolExecutor(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
         start = lambda part: pool.map(lambda i: read_image(folder / files[i][0], args.image_size), part)
-        ahead = [start(part) for part in parts[:1]]
+        reading = start(parts[0] if parts else [])
         for part, after in zip(parts, [*parts[1:], []]):
-            read, ahead = list(*ahead), [start(after)]  # the next ones are read while these are encoded
+            read, reading = list(reading), start(after)  # the next ones are read while these are encoded
             images.x[part] = encode(np.stack([blank if z is None else z for z in read]))
             images.x.flush()  # before they are called done
             images.labels[part] = [BROKEN if z is None else files[i][1] for i, z in zip(part, read)]
@@ -606,8 +606,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     # Data, model, optimizer, EMA, and the state of an earlier run if there is one
-    data = load_data(args)
-    images, _, _, held_out = data
+    images, *_, held_out = data = load_data(args)
     header, class_names = images.header, images.header["class_names"]
     config = replace(base, in_channels=images.shape[0], input_size=images.shape[1], num_classes=len(class_names),
                      class_names=class_names, vae=header.get("vae"),
