@@ -394,12 +394,11 @@ def place(model, device):
     They are gathered in fp32, then rounded: so ternarize divides by the whole matrix's mean, and its codes are those
     that packing will make. Of weights gathered in bf16 (MixedPrecisionPolicy), some would round to other codes.
     """
+    if not dist.is_initialized():
+        return model.to(device)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    if not dist.is_initialized():
-        model.to(device)
-        return
     state, mesh = model.state_dict(), dist.init_device_mesh(device, (dist.get_world_size(),))
     model.to("meta")
     for part in (*model.layers, model):
@@ -557,6 +556,8 @@ def join(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # one process speaks for all
     return ranks()
 
 
@@ -585,12 +586,25 @@ def resolve(args):
     return replace(base, ternary=not args.full_precision, adaln_norm=adaln_norm, **shape), state
 
 
+def export(args, config, tensors):
+    """Write the averaged model of all processes, which leave their group. -> its path: packed.pt, or full.pt"""
+    path = args.out / ("full.pt" if args.full_precision else "packed.pt")
+    weights = ((k[4:], whole(v)) for k, v in tensors.items() if k.startswith("ema."))  # one at a time
+    weights = {k: v.cpu() for k, v in weights if ranks()[0] == 0}
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if weights:
+        with torch.device("meta"):
+            model = DiT(config)
+        model.load_state_dict(weights, assign=True)
+        save_checkpoint(path, model if args.full_precision else pack_model(model))
+    return path
+
+
 def main(argv=None):
     args = parse_args(argv)
     warnings.filterwarnings("ignore", module="PIL|torch.distributed")  # odd but readable images; one process is fine
     rank, world = join(args.device)
-    if rank:
-        sys.stdout = open(os.devnull, "w")
     base, init_state = resolve(args)
     if args.plan:
         return plan(args, base)
@@ -760,20 +774,12 @@ def main(argv=None):
         print(f"stopped at step {step}, saved in {args.out}; the same command{' without --fresh' * args.fresh} goes on")
         sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
-    name = args.out / ("full.pt" if args.full_precision else "packed.pt")
-    weights = ((k[4:], whole(v)) for k, v in tensors.items() if k.startswith("ema."))  # one at a time, by all processes
-    weights = {k: v.cpu() for k, v in weights if rank == 0}
-    if world > 1:
-        dist.destroy_process_group()
+    path = export(args, config, tensors)
     if rank == 0:
-        with torch.device("meta"):
-            model = DiT(config)
-        model.load_state_dict(weights, assign=True)
-        save_checkpoint(name, model if args.full_precision else pack_model(model))
-        print(f"{name}: {name.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {4 * n_params / 1e6:.2f} MB")
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {4 * n_params / 1e6:.2f} MB")
         if grid:
-            draw_grid(load_model(name, args.device), args.out / "grid.png")  # the picture comes from the file
-            print(f"{args.out / 'grid.png'}: samples of {name.name}")
+            draw_grid(load_model(path, args.device), args.out / "grid.png")  # the picture comes from the file
+            print(f"{args.out / 'grid.png'}: samples of {path.name}")
     if world > 1:
         # All is written. torch's own teardown sometimes aborts a process that has taken part in a group ("terminate
         # called without an active exception"), and the launcher then kills the others, rank 0 at its files included.
