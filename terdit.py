@@ -86,7 +86,7 @@ class Config:
 
 
 _DIGITS = dict(input_size=24, patch_size=4, in_channels=3, multiple_of=64, num_classes=10, learn_sigma=False,
-               prediction="v", label_std=0.5, pos_embed=True)
+               prediction="v", label_std=0.5, pos_embed=True)  # fmt: skip
 SIZES = {  # ternary weights: 2.7M, 7.2M, 33M, 132M, 604M, 4.2B
     "tiny": dict(**_DIGITS, dim=192, n_layers=4, n_heads=6),
     "small": dict(**_DIGITS, dim=256, n_layers=6, n_heads=8),

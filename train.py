@@ -655,7 +655,7 @@ def main(argv=None):
     step = 0
     if args.fresh:  # only now, when all that could be wrong with this command has been looked at
         for old in states(args.out) if rank == 0 else []:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # renamed first, as in save_state
         barrier()
     if found := states(args.out):
         step = check_state(found[-1], about)
