@@ -283,6 +283,8 @@ def main(argv=None):
     args = parse_args(argv)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype or ("bf16" if args.device == "cuda" else "fp32")]
     overrides = {k: v for k, v in (("vae", args.vae), ("n_heads", args.n_heads)) if v is not None}
+    if args.vae and read_model(args.ckpt)[0].get("vae") is None:
+        raise ValueError(f"--vae {args.vae}: {args.ckpt} draws pixels, there are no latents to decode")
     model = load_model(args.ckpt, args.device, dtype, **overrides)
     config = model.config
     if args.npz and not args.classes:

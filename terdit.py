@@ -418,15 +418,13 @@ def _spaced_steps(respacing, total):
                 return list(range(0, total, stride))
         raise ValueError(f"respacing={respacing!r}: no whole stride gives {count} of {total} steps")
     counts = [int(c) for c in respacing.split(",")]
-    steps, start = [], 0
-    for i, count in enumerate(counts):
-        size = total // len(counts) + (i < total % len(counts))
-        if not 1 <= count <= size:
-            raise ValueError(f"respacing={respacing!r}: {count} steps wanted of a part that has {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1
+    steps = []
+    for count, part in zip(counts, np.array_split(np.arange(total), len(counts))):
+        if not 1 <= count <= len(part):
+            raise ValueError(f"respacing={respacing!r}: {count} steps wanted of a part that has {len(part)}")
+        stride = (len(part) - 1) / max(count - 1, 1)
         # A running sum, as in ADM: a product rounds otherwise at exact halves.
-        steps += [start + round(s) for s in accumulate([0.0] + [stride] * (count - 1))]
-        start += size
+        steps += [int(part[round(s)]) for s in accumulate([stride] * (count - 1), initial=0.0)]
     return steps
 
 

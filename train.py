@@ -206,6 +206,9 @@ def load_data(args):
         cache = args.out / f"{'latents' if args.vae else 'images'}-{args.image_size}"
         if not (cache / "header.json").is_file() or (open_cache(cache).labels == UNREAD).any():
             make_cache(args, cache)
+        if Path(source := open_cache(cache).header["source"]).resolve() != Path(args.data).resolve():
+            raise ValueError(f"{cache} holds the images of {source}, not of --data {args.data}: take another --out, delete "
+                             f"that folder, or say --data {cache}")  # fmt: skip
     images = open_cache(cache, vae=args.vae, image_size=args.image_size)
     names, n = images.header["class_names"], len(images.labels)
     if unread := (images.labels == UNREAD).sum():
@@ -272,11 +275,11 @@ def parse_args(argv=None):
     flag("--size", choices=SIZES, help="default tiny")
     flag("--data", help="folder with a subfolder of images for each class, or a cache; default: the embedded digits")
     flag("--vae", help="train on the latents of this VAE, a diffusers model or folder; made once, in OUT/latents-*")
-    flag("--image-size", type=positive, help="pixels; default 24 for tiny, 256 with --vae, else 32")
-    flag("--batch", type=positive, help="images a step, of all processes together; default 16 for tiny, else 256")
+    flag("--image-size", type=positive, help="pixels; default 24 for tiny and small, 256 with --vae, else 32")
+    flag("--batch", type=positive, help="images a step, of all processes together; default 16 for tiny and small, else 256")
     flag("--micro-batch", type=positive, help="images at a time within a step; default all, 32 at 600M and up")
-    flag("--steps", type=positive, help=f"default {DEMO['steps']:,} for tiny, else {PAPER['steps']:,}")
-    flag("--lr", type=float, help="default 4e-3 for tiny, else 1e-4")
+    flag("--steps", type=positive, help=f"default {DEMO['steps']:,} for tiny and small, else {PAPER['steps']:,}")
+    flag("--lr", type=float, help="default 4e-3 for tiny and small, else 1e-4")
     flag("--seed", type=int, default=0)
     flag("--out", help="run folder; default runs/SIZE")
     flag("--init", metavar="CKPT", help="start from a packed.pt, a state folder of your own or a released folder")
@@ -473,9 +476,10 @@ def open_log(path, step):
     """log.csv, one row each ten steps -> function that adds one. Rows past a resumed step go: it reads as one run.
 
     mse_q1..4: mean square error of the predicted noise at timesteps 0-249, ... 750-999. zero, flipped: share of ternary
-    codes that are 0, and that changed in the 100 steps (or since the resume). val_loss: of the averaged model.
+    codes that are 0, and that changed in the 100 steps (or since the resume). val_loss: of the averaged model. tflops: of
+    the model, 1e12 a second on each device (all that an H100 has in bf16 are 989).
     """
-    fields = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss".split()
+    fields = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss tflops".split()
     rows = [line.split(",") for line in path.read_text().splitlines()] if step and path.is_file() else []
     rows = [fields, *(row for row in rows if row[0].isdigit() and int(row[0]) <= step)]
     atomic_write(path, lambda file: file.write("".join(",".join(row) + "\n" for row in rows).encode()))
@@ -513,10 +517,20 @@ def micro_batch(args, n_params):
     return args.micro_batch or (32 if n_params > 200e6 else args.batch)
 
 
+def flops_an_image(config):
+    """FLOP of training on one image: a forward pass, counted on shapes alone, and twice as much for the backward."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        x, t = torch.empty(1, config.in_channels, *[config.input_size] * 2), torch.zeros(1, dtype=torch.long)
+        DiT(config)(x, t, t)
+    return 3 * counter.get_total_flops()
+
+
 def plan(args, config):
     """Print what a step of training takes. Shapes alone go through the model, as torch's fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
 
     gpus, on_gpu = args.gpus or 1, bool(args.gpus) or args.device == "cuda"
     held, size, n_tokens = {}, config.input_size, (config.input_size // config.patch_size) ** 2
@@ -532,7 +546,7 @@ def plan(args, config):
         n, block = (4 * sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))  # bytes, fp32
         micro = min(micro_batch(args, n / 4), -(-args.batch // gpus))
         x, t = torch.empty(micro, config.in_channels, size, size), torch.zeros(micro, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda z: z), FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda z: z):
             model(x, t, t)
     activations = sum(s.nbytes() for s in held.values())
     if args.checkpointing:  # one block's, and what goes into each
@@ -543,7 +557,7 @@ def plan(args, config):
           f"each holds")  # fmt: skip
     for name, size in [*rows.items(), ("in all", sum(rows.values()))]:
         print(f"  {name:<36}{size / 1e9:9.2f} GB")
-    flops = 3 * counter.get_total_flops() / micro  # forward, and twice as much backward
+    flops = flops_an_image(config)
     rate = 0.4 * 989e12 * gpus / flops
     print(f"{flops / 1e12:.3f} TFLOP an image; {86400 * rate / 1e6:,.1f}M images a day if the GPUs are H100 or H200 "
           f"and reach 40% of their 989 TFLOP/s")  # fmt: skip
@@ -571,19 +585,23 @@ def resolve(args):
     base, state = read_init(args.init) if args.init else (Config(**SIZES[args.size or "tiny"]), None)
     recipe = dict(DEMO if base.prediction == "v" else PAPER)
     recipe["dtype"] = "bf16" if args.gpus or bf16_is_fast(args.device) else "fp32"
-    if args.data and (Path(args.data) / "header.json").is_file():
-        recipe["image_size"] = open_cache(Path(args.data)).header["image_size"]
+    cache = open_cache(Path(args.data)) if args.data and (Path(args.data) / "header.json").is_file() else None
+    if cache:
+        recipe["image_size"] = cache.header["image_size"]
     elif base.vae and not args.vae:
         raise ValueError(f"--init {args.init} works on {base.in_channels} channels, latents of {base.vae}: add --vae")
     elif args.vae or args.init:
         recipe["image_size"] = 256 if args.vae else base.input_size
     vars(args).update(recipe | {k: v for k, v in vars(args).items() if v is not None})
     args.out = Path(args.out or ("runs/fine-tuned" if args.init else f"runs/{args.size or 'tiny'}"))
-    shape = dict(in_channels=4, input_size=args.image_size // 8) if args.vae else dict(input_size=args.image_size)
+    channels, size = (4, args.image_size // 8) if args.vae else (base.in_channels, args.image_size)
+    if cache:
+        channels, size = cache.shape[:2]
     large_dit = args.full_precision and not args.init  # has no norm there; what is fine-tuned keeps what it has
     adaln_norm = base.adaln_norm and not (args.no_adaln_norm or large_dit)
     # What does not split into patches is refused here, before images are read.
-    return replace(base, ternary=not args.full_precision, adaln_norm=adaln_norm, **shape), state
+    return replace(base, ternary=not args.full_precision, adaln_norm=adaln_norm, in_channels=channels,
+                   input_size=size), state  # fmt: skip
 
 
 def export(args, config, tensors):
@@ -603,7 +621,8 @@ def export(args, config, tensors):
 
 def main(argv=None):
     args = parse_args(argv)
-    warnings.filterwarnings("ignore", module="PIL|torch.distributed")  # odd but readable images; one process is fine
+    # Odd but readable images; complex numbers, which --compile leaves as they are; one process, which is fine.
+    warnings.filterwarnings("ignore", module=r"PIL|torch\.(_inductor|distributed)")
     rank, world = join(args.device)
     base, init_state = resolve(args)
     if args.plan:
@@ -704,6 +723,7 @@ def main(argv=None):
     sample_every = args.sample_every or max(1, args.steps // 4)
     codes = sample_codes(model) if config.ternary else None
     acp = torch.from_numpy(diffusion.alphas_cumprod).to(args.device)
+    flops = flops_an_image(config)
     shown, start, first, total, stopped = 0.0, time.time(), step, 0, False
     pool = ThreadPoolExecutor(1)  # draws the next batch while this one computes
     batch = pool.submit(draw_batch, data, config, args, diffusion, step)
@@ -750,6 +770,7 @@ def main(argv=None):
                   end="" if live else "\n", flush=True)  # fmt: skip
         if step % 10 == 0 or saving:
             row = dict(step=step, loss=total[1] / total[2], grad_norm=grad_norm, lr=lr, images_per_s=rate * args.batch)
+            row["tflops"] = row["images_per_s"] / world * flops / 1e12
             row |= {f"mse_q{i + 1}": total[i + 3] / total[i + 7] for i in range(4) if total[i + 7]}
             if config.ternary and step % 100 == 0:
                 before, codes = codes, sample_codes(model)

@@ -58,7 +58,7 @@ def sync(device):
 @torch.no_grad()
 def step_seconds(model, device):
     config = model.config
-    dtype = model.x_embedder.weight.dtype
+    dtype = next(model.parameters()).dtype
     x = torch.randn(2, config.in_channels, config.input_size, config.input_size, device=device, dtype=dtype)
     t, y = torch.tensor([500, 500], device=device), torch.tensor([207, config.num_classes], device=device)
     sync(device)
@@ -76,15 +76,16 @@ def run_seconds(model, device, steps):
 
 
 def measure(size, image_size, mode, device, steps):
-    """Median seconds of a step, after ten seconds of them or ten steps; of a run of `steps` (0: none); bytes."""
+    """Median seconds of a step after a first one, of ten or as many as ten seconds hold; of a run of `steps` (0: none);
+    bytes."""
     model = random_model(size, image_size, mode, device)
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     file = sum(t.numel() * (1 if t.dtype == torch.uint8 else 4) for t in tensors)  # the rest in fp32, as released
     times = [step_seconds(model, device)]
-    while len(times) <= 10 and sum(times) < 10:
+    while len(times) < 2 or len(times) <= 10 and sum(times) < 10:
         times.append(step_seconds(model, device))
-    step = statistics.median(times[1:] or times)  # the first one warms up
+    step = statistics.median(times[1:])  # the first one warms up
     run = run_seconds(model, device, steps) if steps and not (mode == "upstream" and device == "cpu") else None
     return dict(step_s=step, run_s=run, weight_bytes=weights, file_bytes=file, peak_bytes=peak_memory(device))
 

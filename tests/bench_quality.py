@@ -84,6 +84,9 @@ def main():
     parser.add_argument("ckpt", nargs="+")
     parser.add_argument("-n", type=int, default=1000, help="samples of each checkpoint")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--data-seed", type=int, default=0, help="of the training, in whose images the nearest is looked for"
+    )
     parser.add_argument("--cfg", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--sampler", choices=["ddpm", "ddim"])
@@ -99,7 +102,7 @@ def main():
             judge = train_judge(size)
             real, _ = look(judge, *digits(5000, size, 2000))
             features, accuracy = look(judge, *digits(args.n, size, 3000))
-            judges[size] = judge, real, digits(12000, size, 0)[0]  # the demo's training images
+            judges[size] = judge, real, digits(12000, size, args.data_seed)[0]  # the training's
             print(
                 f"real {size}x{size} digits: n={args.n}, accuracy {accuracy:.2%}, FID {fid(features, real):.2f} (real against real)"
             )

@@ -9,8 +9,8 @@
     python tests/paper.py compare A B  any two checkpoints side by side: ours, released folders, Meta's DiT .pt
 
 Each writes NAME.json, a table NAME.md, a picture NAME.png where there is one, and joins all tables in results.md.
-Models that are missing are trained first: runs/demo, runs/demo-full, runs/small, runs/small-full; for --seeds other than
-0, runs/demo-seed1 and so on. Samples that are compared start from the same noise; bench_quality.py's judge looks at them.
+Models that are missing are trained first: runs/demo, runs/demo-full, runs/paper-small, runs/paper-small-full; for --seeds
+other than 0, runs/demo-seed1 and so on. Samples that are compared start from the same noise; bench_quality.py's judge looks at them.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from terdit import SIZES, Config, GaussianDiffusion, atomic_write, load_model, r
 from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, load_dit, quantize_model  # noqa: E402
 from tests.bench_model import in_its_own_process  # noqa: E402
 from tests.bench_quality import fid, look, train_judge  # noqa: E402
-from train import DEMO, bf16_is_fast, build_model, digits, draw_batch, load_data, make_optimizer  # noqa: E402
+from train import DEMO, bf16_is_fast, build_model, digits, draw_batch, load_data, make_optimizer, states  # noqa: E402
 
-SMALL_STEPS = 1500  # of size small, whose steps take more than twice as long as tiny's
+STEPS_OF = {"tiny": DEMO["steps"], "small": 1500}  # a step of small takes more than twice as long
 PAPERS_MEMORY = {"DiT-XL/2": "3 GB", "Large-DiT-4.2B": "17 GB", "TerDiT-4.2B": "2 GB"}  # table 2, on a GPU
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,12 +44,23 @@ PAPERS_MEMORY = {"DiT-XL/2": "3 GB", "Large-DiT-4.2B": "17 GB", "TerDiT-4.2B": "
 
 def trained(size, full_precision, seed):
     """Path of the checkpoint that this trains unless it is there."""
-    folder = ("demo" if size == "tiny" else size) + "-full" * full_precision + f"-seed{seed}" * (seed > 0)
-    path = Path("runs") / folder / ("full.pt" if full_precision else "packed.pt")
+    folder = ("demo" if size == "tiny" else "paper-small") + "-full" * full_precision + f"-seed{seed}" * (seed > 0)
+    path, steps = Path("runs") / folder / ("full.pt" if full_precision else "packed.pt"), STEPS_OF[size]
     if not path.is_file():
-        flags = ["--compile", "--size", size, "--seed", seed, "--out", path.parent]
-        flags += ["--full-precision"] * full_precision + ["--steps", SMALL_STEPS] * (size == "small")
-        subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], check=True)
+        flags = ["--compile", "--size", size, "--seed", seed, "--steps", steps, "--out", path.parent]
+        flags += ["--full-precision"] * full_precision
+        training = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)])
+        try:
+            training.wait()
+        finally:
+            training.wait()  # Ctrl-C reached it too, and it is saving
+        if training.returncode:
+            raise ValueError(f"the training of {path.parent} did not end well: see above")
+    for state in states(path.parent)[-1:]:  # where there is one, it says what the checkpoint is
+        about = json.loads((state / "run.json").read_text())
+        if (about["steps"], about["seed"]) != (steps, seed):
+            raise ValueError(f"{path.parent} was trained for {about['steps']} steps from seed {about['seed']}, not for "
+                             f"{steps} from {seed}: move it away")  # fmt: skip
     return path
 
 
@@ -101,7 +112,7 @@ def sheet(rows, path, zoom=3):
     atomic_write(path, lambda file: page.save(file, "PNG"))
 
 
-COLOURS = ["#222222", "#0072b2", "#56b4e9", "#d55e00", "#e69f00"]  # told apart by the colour-blind too
+COLOURS = ["#222222", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00"]  # told apart by the colour-blind too
 
 
 def plot(panels, path, width=470, height=330):
@@ -162,13 +173,15 @@ def publish(args, name, title, columns, rows, results):
 # The figures and tables
 
 
-def load_any(path):
-    """A checkpoint of ours, a released folder, or one of Meta's DiT files."""
+def load_any(path, device):
+    """A checkpoint of ours, a released folder, or one of Meta's DiT files; on a GPU in bf16, which kernel.cu needs."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if Path(path).is_file():
-        state = read_checkpoint(path, "a checkpoint of this project, or one of DiT")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as in load_dit
+            state = read_checkpoint(path, "a checkpoint of this project, or one of DiT")
         if isinstance(state, dict) and "format" not in state:
-            return load_dit(path)
-    return load_model(path)
+            return load_dit(path).to(device, dtype)
+    return load_model(path, device, dtype)
 
 
 def compare(args, name="compare"):
@@ -176,15 +189,17 @@ def compare(args, name="compare"):
     rows, device = [], "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     for path in args.ckpt:
-        model = load_any(path).to(device)
+        model = load_any(path, device)
         config = model.config
         classes = pick_classes(args.classes, config)
         y = torch.tensor(classes).repeat(2)
         decode = load_decoder(config.vae, config.latent_scale, device) if config.vae else None
-        steps, cfg = args.steps or (250 if config.vae else STEPS), args.cfg or (4.0 if config.vae else 1.5)
+        cfg = (4.0 if config.vae else 1.5) if args.cfg is None else args.cfg
+        steps = args.steps or (250 if config.vae else STEPS)
         x = sample_images(model, y, args.seeds[0], cfg, steps, decode=decode, progress=Progress(len(y) * steps))
         kind = "ternary" if config.ternary else "full precision"
-        rows += [(f"{kind}, {config.dim} wide", Path(path).name, part) for part in x.split(len(classes))]
+        file = "/".join(Path(path).parts[-2:])
+        rows += [(f"{kind}, {config.dim} wide", file, part) for part in x.split(len(classes))]
     sizes = {tuple(x.shape) for _, _, x in rows}
     if len(sizes) > 1:
         raise ValueError(f"the two draw {' and '.join(map(str, sorted(sizes)))} (classes, channels, height, width): "
@@ -223,25 +238,29 @@ def fig2(args):
 
 
 MARKS = [0, 10, 20, 50, 100, 150, 200, 250, 300]  # steps at which figure 4 looks
-VARIANTS = {  # Config fields, and what the alphas of the adaLN projections start at
-    "full precision": (dict(ternary=False, adaln_norm=False), None),
-    "ternary, RMS Norm, alpha = absmean": (dict(), None),
-    "ternary, RMS Norm, alpha = 1": (dict(), 1.0),
-    "ternary, no norm, alpha = absmean": (dict(adaln_norm=False), None),
-    "ternary, no norm, alpha = 1": (dict(adaln_norm=False), 1.0),
+VARIANTS = {  # Config fields, and what the adaLN projections' alphas and the norms' gains start at, if not as usual
+    "full precision": (dict(ternary=False, adaln_norm=False), None, None),
+    "ternary, RMS Norm, alpha = absmean": (dict(), None, None),
+    "ternary, RMS Norm, alpha = 1": (dict(), 1.0, None),
+    "ternary, RMS Norm with gain 1, alpha = 1": (dict(), 1.0, 1.0),  # no more the identity at first than without a norm
+    "ternary, no norm, alpha = absmean": (dict(adaln_norm=False), None, None),
+    "ternary, no norm, alpha = 1": (dict(adaln_norm=False), 1.0, None),
 }
 
 
-def activations(fields, alpha, marks, data, args):
+def activations(fields, alpha, gain, marks, data, args):
     """Train a tiny model for a while -> a dict for each mark: what its adaLN and its residual stream put out.
 
-    RMS and greatest absolute value, block by block, of the outputs for that step's batch.
+    RMS and greatest absolute value, block by block, of the outputs for that step's batch; adaLN's behind its norm.
     """
     torch.manual_seed(args.seed)
     config = Config(**SIZES["tiny"] | fields)
     model, diffusion = build_model(args, config), GaussianDiffusion(prediction=config.prediction)
-    for layer in model.layers if alpha else []:
-        layer.adaLN_modulation[1].alphas.data.fill_(alpha)
+    for layer in model.layers:
+        if alpha:
+            layer.adaLN_modulation[1].alphas.data.fill_(alpha)
+        if gain:
+            layer.adaLN_modulation[2].weight.data.fill_(gain)
     optimizer, seen, look_now = make_optimizer(model, DEMO["lr"], DEMO["betas"]), [], [False]
 
     def hook(kind, i):
@@ -310,7 +329,7 @@ def table1(args):
         for size in ("tiny", "small"):
             for full in (True, False):
                 path = trained(size, full, seed)
-                images = DEMO["batch"] * (SMALL_STEPS if size == "small" else DEMO["steps"])
+                images = DEMO["batch"] * STEPS_OF[size]
                 for cfg in (1.0, 1.5):
                     found = quality_of(path, args.n, seed, cfg)[1]
                     kind = "full precision" if full else "ternary"
@@ -331,7 +350,12 @@ def table2(args):
     for name, size, mode in (("DiT-XL/2", "DiT-XL/2", "dense"), ("Large-DiT-4.2B", "4.2B", "dense"),
                              ("TerDiT-600M", "600M", "packed"), ("TerDiT-4.2B", "4.2B", "packed")):  # fmt: skip
         for image_size in (256, 512):
-            r = in_its_own_process(size, image_size, mode, device, 0)
+            try:
+                r = in_its_own_process(size, image_size, mode, device, 0)
+            except RuntimeError as e:  # dense 4.2B is more than many a laptop holds
+                rows.append([name, str(image_size), f"failed: {e}", *[""] * 5])
+                print(" | ".join(rows[-1]), flush=True)
+                continue
             results.append(dict(name=name, image_size=image_size, device=device, **r))
             gb = [f"{r[k] / 1e9:.2f} GB" for k in ("file_bytes", "weight_bytes", "peak_bytes")]
             paper = PAPERS_MEMORY.get(name, "") if image_size == 256 else ""

@@ -142,6 +142,7 @@ def usage(*flags):
         (usage("--npz", "4", "--n", "4"), 2, "leave out --n"),
         (usage("--out", "/nowhere/x.png"), 2, "/nowhere is not a folder that can be written to"),
         (usage("--seed", "-1"), 2, "--seed"),
+        (usage("--vae", "x"), 1, "draws pixels, there are no latents to decode"),
         (usage("--out", "."), 2, "is a folder, expected a file"),
         (["--ckpt", "missing.pt"], 1, "missing.pt: no such file"),
         (["--ckpt", str(FOLDERS["terdit"])], 1, "n_heads"),

@@ -84,7 +84,7 @@ def test_two_train_what_one_trains(one, tmp_path):
     a, b = load(out)["tensors"], load(two)["tensors"]
     assert a.keys() == b.keys() and all(a[k].shape == b[k].shape for k in a)
     for x, y in zip(rows(out / "log.csv"), rows(two / "log.csv")):
-        for key in x.keys() - {"images_per_s"}:
+        for key in x.keys() - {"images_per_s", "tflops"}:
             assert y[key] == pytest.approx(x[key], rel=1e-3), key
 
     # The exported file is the averaged model of the state, whole.

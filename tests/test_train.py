@@ -202,7 +202,10 @@ def test_loss_falls_and_files_appear(tmp_path, capsys):
     assert np.mean([r["loss"] for r in log[-3:]]) < 0.6 * log[0]["loss"]
     assert 0 < log[9]["flipped"] < log[9]["zero"] < 1 and "flipped" not in log[8]
     assert 0 < log[-1]["val_loss"] < 1.5 and all(r[f"mse_q{i}"] > 0 for r in log for i in (1, 2, 3))
-    assert load_model(tmp_path / "packed.pt").config.class_names == list("0123456789")
+    config = load_model(tmp_path / "packed.pt").config
+    assert config.class_names == list("0123456789")
+    work = train.flops_an_image(config) / 1e12
+    assert all(r["tflops"] == pytest.approx(r["images_per_s"] * work, rel=1e-4) for r in log)
     shown = capsys.readouterr().out
     assert "step 150/150" in shown and "ETA 0:00:00" in shown and "packed.pt" in shown and "grid.png" in shown
 
@@ -346,7 +349,29 @@ def test_ablations_run(tmp_path, flags):
     assert load_model(tmp_path / ("full.pt" if full else "packed.pt")).config == config
 
 
-def test_one_class_only_and_mirroring(tmp_path):
+def test_half_of_the_photos_are_mirrored(tmp_path):
+    picture = np.zeros((8, 8), np.uint8)
+    picture[:, 4:] = 255
+    (tmp_path / "data/a").mkdir(parents=True)
+    for i in range(2):
+        Image.fromarray(picture).save(tmp_path / f"data/a/{i}.png")
+    data, config = load_folder(tmp_path / "data", 8), Config(**SIZES["tiny"])
+    args = train.parse_args(["--batch", "400"])
+    x0, *_ = train.draw_batch(data, config, args, GaussianDiffusion(), 0)
+    left = (x0[:, 0, 0, 0] > 0).double().mean()
+    assert 0.4 < left < 0.6 and torch.equal(x0[:, 0, 0, 0], -x0[:, 0, 0, -1])
+
+
+def test_other_photos_are_not_those_read_before(tmp_path):
+    for d in ("one", "two"):
+        save_image(tmp_path / d / "a/1.png")
+    run(tmp_path / "out", "--steps", 1, "--data", tmp_path / "one")
+    with pytest.raises(ValueError, match="images-8 holds the images of .*one, not of --data .*two"):
+        run(tmp_path / "out", "--steps", 1, "--data", tmp_path / "two", "--fresh")
+    assert run(tmp_path / "out", "--steps", 2, "--data", tmp_path / "out/images-8")["step"] == 2
+
+
+def test_one_class_only(tmp_path):
     save_image(tmp_path / "data/only/a.png")
     save_image(tmp_path / "data/only/b.png", colour=(9, 9, 9))
     state = run(tmp_path / "out", "--steps", 2, "--data", tmp_path / "data")
@@ -431,6 +456,22 @@ def test_plan(tmp_path, monkeypatch, capsys):
     # By hand: 32 layers, 256 tokens, 4 square matrices and 3 of 3072 x 8192, 2 FLOP a weight, three passes.
     by_hand = 3 * 32 * 256 * 2 * (4 * 3072**2 + 3 * 3072 * 8192) / 1e12
     assert by_hand < float(shown.splitlines()[-1].split()[0]) < 1.05 * by_hand
+
+
+def test_plan_of_a_cache_is_of_what_it_holds(tmp_path, capsys):
+    cache = tmp_path / "latents-256"
+    cache.mkdir()
+    np.save(cache / "x.npy", np.zeros((1, 2, 4, 32, 32), np.float16))
+    np.save(cache / "labels.npy", np.zeros(1, np.int64))
+    header = dict(
+        format=train.CACHE, image_size=256, vae="v", class_names=["a"], latent_scale=1.0, source="x", files=[]
+    )
+    (cache / "header.json").write_text(json.dumps(header))
+    plans = []
+    for flags in (["--data", str(cache)], ["--data", "x", "--vae", "v"]):
+        train.main(["--size", "600M", "--plan", "--gpus", "1", *flags])
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
 
 
 def test_latents_made_from_codes_round_back():
