@@ -76,16 +76,15 @@ def run_seconds(model, device, steps):
 
 
 def measure(size, image_size, mode, device, steps):
-    """Median seconds of a step after a first one, of ten or as many as ten seconds hold; of a run of `steps` (0: none);
-    bytes."""
+    """Median seconds of a step, of ten or as many as ten seconds hold; of a run of `steps` (0: none); bytes."""
     model = random_model(size, image_size, mode, device)
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     file = sum(t.numel() * (1 if t.dtype == torch.uint8 else 4) for t in tensors)  # the rest in fp32, as released
     times = [step_seconds(model, device)]
-    while len(times) < 2 or len(times) <= 10 and sum(times) < 10:
+    while times[0] < 5 and len(times) <= 10 and sum(times) < 10:
         times.append(step_seconds(model, device))
-    step = statistics.median(times[1:])  # the first one warms up
+    step = statistics.median(times[1:] or times)  # the first one warms up, and is all there is if it took five seconds
     run = run_seconds(model, device, steps) if steps and not (mode == "upstream" and device == "cpu") else None
     return dict(step_s=step, run_s=run, weight_bytes=weights, file_bytes=file, peak_bytes=peak_memory(device))
 

@@ -15,6 +15,7 @@ other than 0, runs/demo-seed1 and so on. Samples that are compared start from th
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,26 +43,33 @@ PAPERS_MEMORY = {"DiT-XL/2": "3 GB", "Large-DiT-4.2B": "17 GB", "TerDiT-4.2B": "
 # Models and their samples
 
 
-def trained(size, full_precision, seed):
-    """Path of the checkpoint that this trains unless it is there."""
-    folder = ("demo" if size == "tiny" else "paper-small") + "-full" * full_precision + f"-seed{seed}" * (seed > 0)
-    path, steps = Path("runs") / folder / ("full.pt" if full_precision else "packed.pt"), STEPS_OF[size]
-    if not path.is_file():
-        flags = ["--compile", "--size", size, "--seed", seed, "--steps", steps, "--out", path.parent]
-        flags += ["--full-precision"] * full_precision
-        training = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)])
-        try:
+def trained(size, seed):
+    """Paths of the full-precision and the ternary checkpoint; those that are missing are trained first, side by side."""
+    steps, running = STEPS_OF[size], {}
+    name, end = "demo" if size == "tiny" else "paper-small", f"-seed{seed}" * (seed > 0)
+    paths = [Path("runs") / f"{name}-full{end}" / "full.pt", Path("runs") / f"{name}{end}" / "packed.pt"]
+    # Neither keeps two cores busy alone: threads that wait asleep leave theirs to the other. The bits are the same.
+    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    try:
+        for path, kind in zip(paths, (["--full-precision"], [])):
+            if not path.is_file():
+                flags = ["--compile", "--size", size, "--seed", seed, "--steps", steps, "--out", path.parent, *kind]
+                quiet = subprocess.DEVNULL if running else None  # one progress line
+                command = [sys.executable, ROOT / "train.py", *map(str, flags)]
+                running[path] = subprocess.Popen(command, env=env, stdout=quiet)
+        for training in running.values():
             training.wait()
-        finally:
-            training.wait()  # Ctrl-C reached it too, and it is saving
-        if training.returncode:
-            raise ValueError(f"the training of {path.parent} did not end well: see above")
-    for state in states(path.parent)[-1:]:  # where there is one, it says what the checkpoint is
-        about = json.loads((state / "run.json").read_text())
-        if (about["steps"], about["seed"]) != (steps, seed):
-            raise ValueError(f"{path.parent} was trained for {about['steps']} steps from seed {about['seed']}, not for "
-                             f"{steps} from {seed}: move it away")  # fmt: skip
-    return path
+    finally:
+        failed = [path.parent for path, training in running.items() if training.wait()]  # Ctrl-C: they are saving
+    if failed:
+        raise ValueError(f"the training of {' and '.join(map(str, failed))} did not end well: see above")
+    for path in paths:
+        for state in states(path.parent)[-1:]:  # where there is one, it says what the checkpoint is
+            about = json.loads((state / "run.json").read_text())
+            if (about["steps"], about["seed"]) != (steps, seed):
+                raise ValueError(f"{path.parent} was trained for {about['steps']} steps from seed {about['seed']}, not "
+                                 f"for {steps} from {seed}: move it away")  # fmt: skip
+    return paths
 
 
 @lru_cache(maxsize=None)
@@ -210,14 +218,14 @@ def compare(args, name="compare"):
 
 
 def fig1(args):
-    args.ckpt = [trained("tiny", full, args.seeds[0]) for full in (True, False)]
+    args.ckpt = trained("tiny", args.seeds[0])
     compare(args, "fig1")
 
 
 def fig2(args):
     results, pictures = [], []
     for seed in args.seeds:
-        full, ternary = (trained("tiny", kind, seed) for kind in (True, False))
+        full, ternary = trained("tiny", seed)
         seen = [("full precision", 32.0, *quality_of(full, args.n, seed))]
         seen += [("ternary from the start (TerDiT)", 2.0, *quality_of(ternary, args.n, seed))]
         calibration = lambda m: sample_images(m, torch.arange(20) % 10, seed=seed + 1000)
@@ -327,12 +335,10 @@ def table1(args):
     results = []
     for seed in args.seeds:
         for size in ("tiny", "small"):
-            for full in (True, False):
-                path = trained(size, full, seed)
+            for kind, path in zip(("full precision", "ternary"), trained(size, seed)):
                 images = DEMO["batch"] * STEPS_OF[size]
                 for cfg in (1.0, 1.5):
                     found = quality_of(path, args.n, seed, cfg)[1]
-                    kind = "full precision" if full else "ternary"
                     results.append(dict(size=size, kind=kind, images=images, bytes=path.stat().st_size, **found))
                     print(f"seed {seed}: {size}, {kind}, guidance {cfg}: FID {found['fid']:.2f}", flush=True)
     rows, key = [], lambda r: [r["size"], r["kind"], f"{r['images']:,}", f"{r['bytes'] / 1e6:.2f} MB", f"{r['cfg']:g}"]
@@ -345,7 +351,7 @@ def table1(args):
 
 
 def table2(args):
-    """Random weights at the real sizes; steps are timed for ten seconds each, and the paper's 250 are 250 of them."""
+    """Random weights at the real sizes; steps are timed for ten seconds, and the paper's 250 are 250 of them."""
     device, results, rows = "cuda" if torch.cuda.is_available() else "cpu", [], []
     for name, size, mode in (("DiT-XL/2", "DiT-XL/2", "dense"), ("Large-DiT-4.2B", "4.2B", "dense"),
                              ("TerDiT-600M", "600M", "packed"), ("TerDiT-4.2B", "4.2B", "packed")):  # fmt: skip

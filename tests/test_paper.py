@@ -88,33 +88,37 @@ def test_what_is_no_run_of_the_recipe_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = tmp_path / "runs/demo/state-0000010"
     state.mkdir(parents=True)
-    (state.parent / "packed.pt").touch()
+    (tmp_path / "runs/demo-full").mkdir()
+    paths = [Path("runs/demo-full/full.pt"), Path("runs/demo/packed.pt")]
+    for path in paths:
+        path.touch()
     (state / "run.json").write_text('{"steps": 10, "seed": 0}')
     with pytest.raises(
         ValueError, match="demo was trained for 10 steps from seed 0, not for 4500 from 0: move it away"
     ):
-        paper.trained("tiny", False, 0)
+        paper.trained("tiny", 0)
     (state / "run.json").write_text('{"steps": 4500, "seed": 0}')
-    assert paper.trained("tiny", False, 0) == Path("runs/demo/packed.pt")
+    assert paper.trained("tiny", 0) == paths
 
 
 def test_a_training_that_fails_is_told_in_a_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(paper, "ROOT", tmp_path)  # where there is no train.py
-    with pytest.raises(ValueError, match="the training of runs/paper-small-full-seed3 did not end well"):
-        paper.trained("small", True, 3)
+    with pytest.raises(
+        ValueError, match="training of runs/paper-small-full-seed3 and runs/paper-small-seed3 did not end"
+    ):
+        paper.trained("small", 3)
 
 
 def test_tables_of_several_seeds(tmp_path, monkeypatch):
     """Medians and ranges go to the row they belong to, whatever order the seeds were measured in."""
     kinds = {"full.pt": 1.0, "packed.pt": 2.0}
-    path = lambda size, full, seed: tmp_path / size / ("full.pt" if full else "packed.pt")
     fid_of = lambda p, seed, cfg: kinds[p.name] + 10 * (p.parent.name == "small") + 0.1 * seed + 100 * (cfg == 1.0)
     for size in ("tiny", "small"):
         (tmp_path / size).mkdir()
         for name, length in (("full.pt", 2_000_000), ("packed.pt", 1_000_000)):
             (tmp_path / size / name).write_bytes(bytes(length))
-    monkeypatch.setattr(paper, "trained", path)
+    monkeypatch.setattr(paper, "trained", lambda size, seed: [tmp_path / size / name for name in kinds])
     found = lambda p, n, seed, cfg=1.5: (
         torch.zeros(n, 3, 8, 8),
         dict(accuracy=1.0, fid=fid_of(p, seed, cfg), n=n, seed=seed, cfg=cfg),
