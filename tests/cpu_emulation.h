@@ -203,6 +203,7 @@ int launch(void (*kernel)(P...), dim3 grid, int block, int smem, cudaStream_t, A
   late_copies = !strcmp(mode, "copies"), late_math = !strcmp(mode, "math"), threads = block;
   body = [=] { kernel(P(args)...); };
   fibers.resize(block);
+  int pass = 0;  // goes on from block to block, so that each is disturbed elsewhere
   for (unsigned i = 0; i < grid.x * grid.y; i++) {
     block_x = i % grid.x, block_y = i / grid.x, arrived = 0, generation = 0;
     memory.assign(smem + 2048, (char)0xFF);  // as bf16 and fp16: NaN
@@ -215,10 +216,9 @@ int launch(void (*kernel)(P...), dim3 grid, int block, int smem, cudaStream_t, A
       f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
       makecontext(&f.context, entry, 0);
     }
-    int pass = 0;
-    for (int left = block; left; pass++) {  // every 200 passes another warp is held back for as long as others can run
+    for (int left = block; left; pass++) {  // every 53 passes another warp is held back for as long as others can run
       bool moved = false;
-      const int slow = pass / 200 % (block / 32);
+      const int slow = pass / 53 * 3 % (block / 32);
       for (int held = 0; held < 2 && !moved; held++)
         for (int t = 0; t < block; t++) {
           Fiber& f = fibers[t];

@@ -100,6 +100,7 @@ MISTAKES = {
     "no barrier in the loop": ("cp_async_wait<2>();\n    __syncthreads();", "cp_async_wait<2>();", "mma"),
     "overwrites registers of a running wgmma": ("wgmma_wait<2>", "wgmma_wait<4>", "wgmma"),
     "stages signalled by half of the warps": ("barrier_init(&empty[s], 4 * WG)", "barrier_init(&empty[s], 2 * WG)", "wgmma"),
+    "gives a stage back while a wgmma reads it": ("if (s == 1) barrier_arrive_if", "if (s == 0) barrier_arrive_if", "wgmma"),
     "ignores the swizzle": ("(s ^ g) * 16", "s * 16", "wgmma"),
     "quarters in another order": ("a[q / 2][2 * i + q % 2]", "a[q % 2][2 * i + q / 2]", "few"),
 }  # fmt: skip

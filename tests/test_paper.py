@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,7 +200,9 @@ def test_spread():
 
 
 def test_sizes_are_measured_in_a_process_of_their_own():
+    ours = torch.ones(1 << 30, dtype=torch.uint8)  # is not theirs
     packed, dense = (in_its_own_process("S", 256, mode, "cpu", 0) for mode in ("packed", "dense"))
+    assert dense["peak_bytes"] < len(ours)
     assert packed["weight_bytes"] < dense["weight_bytes"] / 4 and packed["file_bytes"] < dense["file_bytes"] / 8
     assert packed["step_s"] > 0 and packed["run_s"] is None and packed["peak_bytes"] > packed["weight_bytes"]
     with pytest.raises(RuntimeError, match="KeyError"):
@@ -207,7 +210,15 @@ def test_sizes_are_measured_in_a_process_of_their_own():
 
 
 def test_a_step_of_dit_is_timed():
-    assert step_seconds(DiTXL(DiTConfig(**DIT | dict(num_classes=1000))).bfloat16().eval(), "cpu") > 0
+    """One guided image: the class and no class, in the model's dtype."""
+    model, calls = DiTXL(DiTConfig(**DIT | dict(num_classes=1000))).bfloat16().eval(), []
+    guided = model.forward_with_cfg
+    model.forward_with_cfg = lambda *args: calls.append((args, guided(*args)))
+    start = time.perf_counter()
+    assert 0 < step_seconds(model, "cpu") < time.perf_counter() - start
+    ((x, t, y, cfg_scale), out), size = calls[0], model.config.input_size
+    assert len(calls) == 1 and x.shape == (2, model.config.in_channels, size, size) and x.dtype == torch.bfloat16
+    assert y.tolist() == [207, 1000] and cfg_scale == 4 and len(out) == 2 and out.isfinite().all()
 
 
 def test_table2_goes_on_where_memory_ends(tmp_path, monkeypatch):
