@@ -82,9 +82,9 @@ def measure(size, image_size, mode, device, steps):
     weights = sum(t.numel() * t.element_size() for t in tensors)
     file = sum(t.numel() * (1 if t.dtype == torch.uint8 else 4) for t in tensors)  # the rest in fp32, as released
     times = [step_seconds(model, device)]
-    while times[0] < 5 and len(times) <= 10 and sum(times) < 10:
+    while times[0] < 20 and (len(times) < 2 or len(times) <= 10 and sum(times) < 10):
         times.append(step_seconds(model, device))
-    step = statistics.median(times[1:] or times)  # the first one warms up, and is all there is if it took five seconds
+    step = statistics.median(times[1:] or times)  # the first one warms up, and is all there is if it took 20 seconds
     run = run_seconds(model, device, steps) if steps and not (mode == "upstream" and device == "cpu") else None
     return dict(step_s=step, run_s=run, weight_bytes=weights, file_bytes=file, peak_bytes=peak_memory(device))
 
