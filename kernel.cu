@@ -19,7 +19,27 @@
 //      A fragment (m16n8k16, PTX ISA): lane 4g + c holds rows g and g + 8, columns 2c, 2c+1, 2c+8 and 2c+9.
 //      Put byte row g's quarter 0 on row g and its quarter 1 on row g + 8: all that the lane needs of fragment 0 is
 //      4 bytes, and the same 4 bytes are its part of fragment 1 (quarters 2 and 3).
+//
+// Codes 0, 1, 2, inverted, are 11, 10, 01. As the top two bits of a float (sign, highest exponent bit) these read -2, -0,
+// +2, in bf16, fp16 and fp32 alike. So weights are widened by a shift and a mask, and the 2 goes into alpha.
 #include <stdint.h>
+#ifdef CPU  // all that a CPU takes from this file: terdit.py compiles it with g++, and leaves the product to PyTorch
+
+// n bytes of W -> out, the four quarters' weights one after the other, in words of a float's size.
+template <typename Word> void widen(const uint8_t* W, Word* out, long n) {
+  constexpr int TOP = 8 * sizeof(Word) - 8;
+  constexpr Word MASK = (Word)3 << (TOP + 6);
+#pragma omp parallel for simd
+  for (long i = 0; i < n; i++) {
+    const Word w = (Word)((uint8_t)~W[i]) << TOP;
+    out[i] = w & MASK, out[n + i] = w << 2 & MASK, out[2 * n + i] = w << 4 & MASK, out[3 * n + i] = w << 6 & MASK;
+  }
+}
+extern "C" void widen(const uint8_t* W, void* out, long n, int size) {
+  size == 2 ? widen(W, (uint16_t*)out, n) : widen(W, (uint32_t*)out, n);
+}
+
+#else
 #ifdef CPU_EMULATION
 #include "tests/cpu_emulation.h"  // plain C++ versions of everything up to #endif, to run this file without a GPU
 #else
@@ -114,9 +134,7 @@ template <typename T> __global__ void naive(Args<T> p) {
 }
 
 // ------------------------------------------------------------------------------------------------- widening
-// Codes 0, 1, 2, inverted, are 11, 10, 01. As the top two bits of a 16-bit float (sign, highest exponent bit) these read
-// -2, -0, +2, in bf16 and in fp16. So a shift and a mask widen two weights, and the 2 goes into alpha.
-// Bytes 0, 1 of `word` are the lane's first two columns, bytes 2, 3 the other two.
+// Two weights at a time, in the halves of a word. Bytes 0, 1 of `word` are the lane's first two columns, bytes 2, 3 the other two.
 __device__ inline void widen(uint32_t word, uint32_t (&a)[2][4]) {
   const uint32_t pair[2] = {__byte_perm(~word, 0, 0x1404), __byte_perm(~word, 0, 0x3424)};  // to the halves' top bytes
 #pragma unroll
@@ -379,3 +397,4 @@ extern "C" int ternary_linear(const void* X, const void* W, const void* alpha, c
   typedef __half T;
   return run(Args<T>{(const T*)X, (const uint8_t*)W, (const float*)alpha, (const T*)bias, (T*)Y, M, N, K}, kernel, tokens, s);
 }
+#endif  // CPU

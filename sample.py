@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from terdit import GaussianDiffusion, atomic_write, load_model, packed_path, read_model
+from terdit import GaussianDiffusion, atomic_write, cpu_kernel, load_model, packed_path, read_model
 
 AHEAD = 8  # steps: more would save nothing that shows, and hold 2 MB a step at 4.2B
 STEPS = 25  # enough for the demo's digits; the paper takes 250
@@ -224,7 +224,8 @@ def report(path, model, device, seconds, n, steps):
     mb = lambda b: f"{b / 1e6:,.2f} MB"
     if model.config.ternary:
         dtype = model.x_embedder.weight.dtype
-        how = {"kernel": "kernel.cu", "blocks": "blocks widened in the CPU's cache", "plain": "unpacking at every call"}
+        widened = f"blocks widened in the CPU's cache by {'kernel.cu' if cpu_kernel() else 'PyTorch'}"
+        how = {"kernel": "kernel.cu", "blocks": widened, "plain": "unpacking at every call"}
         print(f"packed layers run by {how[packed_path(device, dtype)]}, {str(dtype)[6:]}")
     print(f"checkpoint {mb(on_disk)} on disk: 2-bit codes {mb(codes)}, full-precision rest {mb(rest)}, "
           f"container {mb(on_disk - codes - rest)}")  # fmt: skip

@@ -15,6 +15,8 @@ Letters in the shape comments: N batch, C channels, H W height and width, T toke
 import ctypes
 import math
 import os
+import subprocess
+import tempfile
 import threading
 import warnings
 from contextlib import nullcontext
@@ -719,25 +721,51 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _linear_blocks(x, weight, alphas, bias):
-    """x (M, K), weight (N/4, K) uint8 -> (M, N), widening one block of rows after the other into the same few MB.
+@lru_cache(maxsize=None)
+def cpu_kernel():
+    """The part of kernel.cu that is for CPUs, compiled on first use (half a second), or None and a warning that says why."""
+    source, compiler = Path(__file__).with_name("kernel.cu"), os.environ.get("CXX", "g++")
+    flags = "-x c++ -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [compiler, *flags, str(source), "-o", f"{folder}/kernel.so"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return ctypes.CDLL(f"{folder}/kernel.so")
+    except (OSError, subprocess.SubprocessError) as e:
+        why = first_line(getattr(e, "stderr", None) or e)
+        _announce(f"kernel.cu's CPU part is not used ({why}): packed layers are widened by PyTorch, a little slower")
+        return None
 
-    Widening is bit work: the top two bits of a float, in bf16, fp16 and fp32 alike, are its sign and highest exponent
-    bit. Codes 0, 1, 2, inverted and shifted there, are 11, 10, 01: -2.0, -0.0 and +2.0.
-    """
-    (M, K), n, size = x.shape, len(weight), x.element_size()
+
+def widen(library, packed, out):
+    """packed (n, K) uint8 -> out (4, n, K) of -2, 0 and 2, in bf16, fp16 or fp32; both contiguous. See kernel.cu."""
+    pointers = (ctypes.c_void_p(z.data_ptr()) for z in (packed, out))
+    library.widen(*pointers, ctypes.c_long(packed.numel()), out.element_size())
+
+
+def widen_plain(packed, out):
+    """The same in PyTorch, where nothing can be compiled."""
+    size = out.element_size()
     word, mask = (torch.int16, -(1 << 14)) if size == 2 else (torch.int32, -(1 << 30))
     shifts = 8 * size - torch.tensor([8, 6, 4, 2], dtype=word).view(4, 1, 1)  # of a byte's four fields
-    rows = min(n, max(1, (6 << 20) // (4 * K * size)))  # widened, 6 MB: in cache, and still a large matmul
-    scratch = _scratch.get(5 * rows * K * size).view(word)
+    torch.bitwise_left_shift(packed.to(word).bitwise_not_(), shifts, out=out.view(word)).bitwise_and_(mask)
+
+
+def _linear_blocks(x, weight, alphas, bias):
+    """x (M, K), weight (N/4, K) uint8 -> (M, N), widening one block of rows after the other into the same few MB."""
+    (M, K), n, size, library = x.shape, len(weight), x.element_size(), cpu_kernel()
+    rows = min(n, max(1, (12 << 20) // (4 * K * size)))  # widened, 12 MB: in cache, and still a large matmul
+    scratch = _scratch.get(4 * rows * K * size).view(x.dtype)
     half = alphas.item() / 2
     y = x.new_empty(M, 4, n) if rows < n else None
     for r in range(0, n, rows):
-        part = weight[r : r + rows]
-        wide, block = scratch[: 5 * part.numel()].view(5, *part.shape).split([1, 4])
-        wide.copy_(part).bitwise_not_()
-        torch.bitwise_left_shift(wide, shifts, out=block).bitwise_and_(mask)
-        w = block.view(x.dtype).flatten(0, 1)  # (4 * rows, K) of -2, -0 and 2
+        part = weight[r : r + rows].contiguous()
+        block = scratch[: 4 * part.numel()].view(4, *part.shape)
+        if library:
+            widen(library, part, block)
+        else:
+            widen_plain(part, block)
+        w = block.flatten(0, 1)  # (4 * rows, K) of -2, 0 and 2
         b = None if bias is None else bias.view(4, n)[:, r : r + rows].flatten()
         if size == 4:  # alpha where TernaryLinear has it, which makes the same bits
             out = F.linear(x, w.mul_(half), b)
@@ -780,7 +808,7 @@ class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
     `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. The bytes stay as they are in the
-    checkpoint: every path reads them so. In fp32 on a CPU it gives the same bits as TernaryLinear (above 1.5M weights,
+    checkpoint: every path reads them so. In fp32 on a CPU it gives the same bits as TernaryLinear (above 3M weights,
     where blocks are multiplied one by one, the same to rounding).
     """
 
@@ -805,7 +833,7 @@ class PackedTernaryLinear(nn.Module):
 def pack_model(model):
     """A DiT of TernaryLinear layers -> a new DiT of PackedTernaryLinear layers, in eval mode on the same device.
 
-    Its fp32 output equals the training model's bit for bit, on a CPU and with layers of up to 1.5M weights.
+    Its fp32 output equals the training model's bit for bit, on a CPU and with layers of up to 3M weights.
     """
     with torch.device("meta"):
         packed = DiT(model.config, packed=True)

@@ -201,6 +201,34 @@ def test_blocks_against_plain(shape):
                 assert error(got) <= 1.05 * error(plain)  # alpha in fp32 rounds once less
 
 
+def test_widening():
+    """kernel.cu's part for CPUs, as g++ compiles it here, against PyTorch and against the codes themselves."""
+    if not terdit.cpu_kernel():
+        pytest.skip("no g++: widened by PyTorch alone")
+    codes = torch.randint(-1, 2, (20, 333))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        want = 2 * codes.to(dtype)
+        x, alphas = torch.eye(333, dtype=dtype), torch.ones(1)
+        fast, plain = (torch.empty(4, 5, 333, dtype=dtype) for _ in range(2))
+        terdit.widen(terdit.cpu_kernel(), pack_ternary(codes), fast)
+        terdit.widen_plain(pack_ternary(codes), plain)
+        assert torch.equal(fast.flatten(0, 1), want) and torch.equal(plain.flatten(0, 1), want)
+        assert torch.equal(packed_linear(x, pack_ternary(codes), alphas, None), codes.T.to(dtype))
+
+
+def test_without_a_compiler(monkeypatch):
+    """PyTorch widens the weights then, to the same bits, and one warning names the reason."""
+    x, weight, alphas, bias, _ = case(3, 64, 48, torch.bfloat16)
+    want = packed_linear(x, weight, alphas, bias)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for cache in (terdit.cpu_kernel, terdit._announce):
+        cache.cache_clear()
+    with pytest.warns(UserWarning, match="CPU part is not used .*no-such-compiler.* widened by PyTorch") as seen:
+        assert all(torch.equal(packed_linear(x, weight, alphas, bias), want) for _ in range(2))
+    assert len(seen) == 1
+    terdit.cpu_kernel.cache_clear()
+
+
 def test_shapes_of_x():
     packed, alphas = pack_ternary(torch.randint(-1, 2, (8, 16))), torch.ones(1)
     for shape in [(16,), (0, 16), (2, 0, 16), (2, 3, 5, 16)]:
