@@ -42,8 +42,8 @@ from terdit import atomic_write, first_line, load_model, pack_model, save_checkp
 
 # What a size is trained with unless a flag says otherwise. The demo's was tuned for minutes on two cores; the paper's
 # sizes follow the paper: 448M images at 600M, in batches of 256.
-DEMO = dict(batch=16, steps=4500, lr=4e-3, warmup=50, ema=0.995, betas=(0.9, 0.99), image_size=24)
-PAPER = dict(batch=256, steps=1_750_000, lr=1e-4, warmup=1000, ema=0.9999, betas=(0.9, 0.999), image_size=32)
+DEMO = dict(batch=16, steps=4500, lr=4e-3, warmup=50, ema=0.995, betas=(0.9, 0.99), decay=0.3, image_size=24)
+PAPER = dict(batch=256, steps=1_750_000, lr=1e-4, warmup=1000, ema=0.9999, betas=(0.9, 0.999), decay=0.0, image_size=32)
 STATE, CACHE = "terdit-state-2", "terdit-cache-1"
 UNREAD, BROKEN = -2, -1  # labels of images that are not in the cache yet, and that cannot be
 
@@ -361,12 +361,19 @@ def build_model(args, config, state=None):
     return model
 
 
-def make_optimizer(model, lr, betas):
-    """AdamW without decay. Alphas learn at a fifth of the rate: they are small numbers that scale whole layers."""
-    alphas = [p for n, p in model.named_parameters() if n.endswith("alphas")]
-    others = [p for n, p in model.named_parameters() if not n.endswith("alphas")]
-    groups = [dict(params=others, scale=1.0)] + ([dict(params=alphas, scale=0.2)] if alphas else [])
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+def make_optimizer(model, lr, betas, decay):
+    """AdamW. Alphas learn at a fifth of the rate: they are small numbers that scale whole layers.
+
+    Decay shrinks the blocks' matrices. Rounding does not see how large a latent weight is, next to the others, but what
+    is small flips sooner: with decay, codes go on moving until the learning rate falls.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        matrix = name.startswith("layers.") and p.ndim == 2
+        kind = (0.2, 0.0) if name.endswith("alphas") else (1.0, decay if matrix else 0.0)
+        groups.setdefault(kind, []).append(p)
+    groups = [dict(params=params, scale=kind[0], weight_decay=kind[1]) for kind, params in groups.items()]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def ranks():
@@ -660,7 +667,7 @@ def main(argv=None):
         if compiled:
             layer.compile(dynamic=False)
     diffusion = GaussianDiffusion(prediction=config.prediction)
-    optimizer = make_optimizer(model, args.lr, args.betas)
+    optimizer = make_optimizer(model, args.lr, args.betas, args.decay)
     tensors = {"n_averaged": ema.n_averaged}  # with about, below, all that a resumed run needs
     for (name, p), averaged in zip(model.named_parameters(), ema.module.parameters()):
         zeros = {k: torch.zeros_like(p.detach()) for k in ("exp_avg", "exp_avg_sq")}

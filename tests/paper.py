@@ -269,7 +269,7 @@ def activations(fields, alpha, gain, marks, data, args):
             layer.adaLN_modulation[1].alphas.data.fill_(alpha)
         if gain:
             layer.adaLN_modulation[2].weight.data.fill_(gain)
-    optimizer, seen, look_now = make_optimizer(model, DEMO["lr"], DEMO["betas"]), [], [False]
+    optimizer, seen, look_now = make_optimizer(model, DEMO["lr"], DEMO["betas"], DEMO["decay"]), [], [False]
 
     def hook(kind, i):
         def note(module, inputs, out):
