@@ -29,7 +29,7 @@
 template <typename Word> void widen(const uint8_t* W, Word* out, long n) {
   constexpr int TOP = 8 * sizeof(Word) - 8;
   constexpr Word MASK = (Word)3 << (TOP + 6);
-#pragma omp parallel for simd
+#pragma omp parallel for simd if (parallel : n > 1 << 14)
   for (long i = 0; i < n; i++) {
     const Word w = (Word)((uint8_t)~W[i]) << TOP;
     out[i] = w & MASK, out[n + i] = w << 2 & MASK, out[2 * n + i] = w << 4 & MASK, out[3 * n + i] = w << 6 & MASK;
@@ -134,7 +134,8 @@ template <typename T> __global__ void naive(Args<T> p) {
 }
 
 // ------------------------------------------------------------------------------------------------- widening
-// Two weights at a time, in the halves of a word. Bytes 0, 1 of `word` are the lane's first two columns, bytes 2, 3 the other two.
+// Two weights at a time, in the halves of a word. Bytes 0, 1 of `word` are the lane's first two columns, bytes 2, 3 the
+// other two.
 __device__ inline void widen(uint32_t word, uint32_t (&a)[2][4]) {
   const uint32_t pair[2] = {__byte_perm(~word, 0, 0x1404), __byte_perm(~word, 0, 0x3424)};  // to the halves' top bytes
 #pragma unroll

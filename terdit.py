@@ -15,6 +15,7 @@ Letters in the shape comments: N batch, C channels, H W height and width, T toke
 import ctypes
 import math
 import os
+import shlex
 import subprocess
 import tempfile
 import threading
@@ -723,17 +724,20 @@ _scratch = _Scratch()
 
 @lru_cache(maxsize=None)
 def cpu_kernel():
-    """The part of kernel.cu that is for CPUs, compiled on first use (half a second), or None and a warning that says why."""
-    source, compiler = Path(__file__).with_name("kernel.cu"), os.environ.get("CXX", "g++")
-    flags = "-x c++ -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
+    """The part of kernel.cu that is for CPUs, or None and a warning that says why.
+
+    Each process that needs it compiles it, which takes less than a second: there is nothing to cache.
+    """
+    flags = "-x c++ -std=c++17 -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, str(Path(__file__).with_name("kernel.cu")), "-o"]
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [compiler, *flags, str(source), "-o", f"{folder}/kernel.so"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            return ctypes.CDLL(f"{folder}/kernel.so")
-    except (OSError, subprocess.SubprocessError) as e:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            command.append(f"{folder}/kernel.so")
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            return ctypes.CDLL(command[-1])
+    except Exception as e:  # no compiler, one without OpenMP, a folder from which nothing may be run
         why = first_line(getattr(e, "stderr", None) or e)
-        _announce(f"kernel.cu's CPU part is not used ({why}): packed layers are widened by PyTorch, a little slower")
+        _announce(f"kernel.cu's CPU part is not used ({why}): packed layers are widened by PyTorch, slower")
         return None
 
 
@@ -753,6 +757,8 @@ def widen_plain(packed, out):
 
 def _linear_blocks(x, weight, alphas, bias):
     """x (M, K), weight (N/4, K) uint8 -> (M, N), widening one block of rows after the other into the same few MB."""
+    if (weight.dtype, weight.device) != (torch.uint8, x.device):  # what follows works with pointers
+        raise ValueError(f"weight of uint8 on {x.device} wanted, got {weight.dtype} on {weight.device}")
     (M, K), n, size, library = x.shape, len(weight), x.element_size(), cpu_kernel()
     rows = min(n, max(1, (12 << 20) // (4 * K * size)))  # widened, 12 MB: in cache, and still a large matmul
     scratch = _scratch.get(4 * rows * K * size).view(x.dtype)

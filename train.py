@@ -364,8 +364,8 @@ def build_model(args, config, state=None):
 def make_optimizer(model, lr, betas, decay):
     """AdamW. Alphas learn at a fifth of the rate: they are small numbers that scale whole layers.
 
-    Decay shrinks the blocks' matrices. Rounding does not see how large a latent weight is, next to the others, but what
-    is small flips sooner: with decay, codes go on moving until the learning rate falls.
+    Decay shrinks the blocks' matrices. Rounding sees latent weights next to each other, not how large they all are; but
+    the smaller they are, the sooner a step flips a code: with decay, codes go on moving until the learning rate falls.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -677,7 +677,7 @@ def main(argv=None):
         tensors |= {f"{kind}.{name}": v for kind, v in kinds.items()}
     about = dict(format=STATE, config=asdict(config), images=len(images.labels), torch=str(torch.__version__))
     about["files"] = zlib.crc32(json.dumps(header.get("files")).encode())
-    about |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "seed", "init", "dtype")}
+    about |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "decay", "seed", "init", "dtype")}
     step = 0
     if args.fresh:  # only now, when all that could be wrong with this command has been looked at
         for old in states(args.out) if rank == 0 else []:
@@ -736,8 +736,8 @@ def main(argv=None):
     batch = pool.submit(draw_batch, data, config, args, diffusion, step)
     while step < args.steps and not stopped:
         # The learning rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small.
-        decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        lr = args.lr * min(1, (step + 1) / args.warmup) * decay
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        lr = args.lr * min(1, (step + 1) / args.warmup) * cosine
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         parts = micro_batches(*batch.result())

@@ -66,9 +66,9 @@ def trained(size, seed):
     for path in paths:
         for state in states(path.parent)[-1:]:  # where there is one, it says what the checkpoint is
             about = json.loads((state / "run.json").read_text())
-            if (about["steps"], about["seed"]) != (steps, seed):
-                raise ValueError(f"{path.parent} was trained for {about['steps']} steps from seed {about['seed']}, not "
-                                 f"for {steps} from {seed}: move it away")  # fmt: skip
+            for field, here in dict(steps=steps, seed=seed, decay=DEMO["decay"]).items():
+                if about.get(field) != here:
+                    raise ValueError(f"{path.parent} was trained with {field}={about.get(field)}, not {here}: move it away")
     return paths
 
 

@@ -4,7 +4,9 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 import warnings
+from functools import lru_cache
 
 import pytest
 import torch
@@ -183,7 +185,7 @@ def test_launch_of_views(emulation):
 # Packed layers on the CPU
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 5), (2, 192, 512), (7, 4096, 1040)])  # the last is widened in several blocks
+@pytest.mark.parametrize("shape", [(3, 8, 5), (2, 192, 512), (7, 8192, 1040)])  # the last is widened in several blocks
 def test_blocks_against_plain(shape):
     M, N, K = shape
     codes, alphas = torch.randint(-1, 2, (N, K)), torch.tensor([-0.031])
@@ -203,8 +205,9 @@ def test_blocks_against_plain(shape):
 
 def test_widening():
     """kernel.cu's part for CPUs, as g++ compiles it here, against PyTorch and against the codes themselves."""
-    if not terdit.cpu_kernel():
-        pytest.skip("no g++: widened by PyTorch alone")
+    if sys.platform == "darwin" or not shutil.which("g++"):
+        pytest.skip("no g++ with OpenMP: widened by PyTorch alone")
+    assert terdit.cpu_kernel()
     codes = torch.randint(-1, 2, (20, 333))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         want = 2 * codes.to(dtype)
@@ -216,17 +219,27 @@ def test_widening():
         assert torch.equal(packed_linear(x, pack_ternary(codes), alphas, None), codes.T.to(dtype))
 
 
-def test_without_a_compiler(monkeypatch):
-    """PyTorch widens the weights then, to the same bits, and one warning names the reason."""
-    x, weight, alphas, bias, _ = case(3, 64, 48, torch.bfloat16)
-    want = packed_linear(x, weight, alphas, bias)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    for cache in (terdit.cpu_kernel, terdit._announce):
-        cache.cache_clear()
-    with pytest.warns(UserWarning, match="CPU part is not used .*no-such-compiler.* widened by PyTorch") as seen:
-        assert all(torch.equal(packed_linear(x, weight, alphas, bias), want) for _ in range(2))
-    assert len(seen) == 1
-    terdit.cpu_kernel.cache_clear()
+def test_without_a_compiler(monkeypatch, tmp_path):
+    """PyTorch widens the weights then, and one warning names the reason."""
+    *args, want = case(3, 64, 48, torch.bfloat16)
+    broken = tmp_path / "compiler"
+    broken.write_text("#!/bin/sh\necho 'kernel.cu: no OpenMP here' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    for compiler, reason in (("no-such-compiler", "no-such-compiler"), (f"{broken} -v", "no OpenMP here")):
+        monkeypatch.setenv("CXX", compiler)
+        monkeypatch.setattr(terdit, "cpu_kernel", lru_cache(terdit.cpu_kernel.__wrapped__))
+        terdit._announce.cache_clear()
+        with pytest.warns(UserWarning, match=f"CPU part is not used .*{reason}.* widened by PyTorch") as seen:
+            assert all(torch.equal(packed_linear(*args).double(), want) for _ in range(2))
+        assert len(seen) == 1
+
+
+def test_blocks_refuse():
+    """Pointers are behind them: what is no weight must not get there."""
+    x, weight, alphas, _, _ = case(3, 64, 48, torch.bfloat16)
+    for wrong in (weight.long(), weight.float(), weight.to("meta")):
+        with pytest.raises(ValueError, match="weight of uint8 on cpu wanted, got"):
+            packed_linear(x, wrong, alphas, None)
 
 
 def test_shapes_of_x():

@@ -1,5 +1,6 @@
 """The figures' machinery: tests/paper.py on models and data small enough for a test."""
 
+import json
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from tests.bench_model import in_its_own_process, step_seconds
 from tests.conftest import ROOT
 from tests.test_baselines import TINY as DIT
 from tests.test_cli import SMALL
-from train import Images, digits
+from train import DEMO, Images, digits
 
 
 @pytest.fixture
@@ -93,12 +94,12 @@ def test_what_is_no_run_of_the_recipe_is_refused(tmp_path, monkeypatch):
     paths = [Path("runs/demo-full/full.pt"), Path("runs/demo/packed.pt")]
     for path in paths:
         path.touch()
-    (state / "run.json").write_text('{"steps": 10, "seed": 0}')
-    with pytest.raises(
-        ValueError, match="demo was trained for 10 steps from seed 0, not for 4500 from 0: move it away"
-    ):
-        paper.trained("tiny", 0)
-    (state / "run.json").write_text('{"steps": 4500, "seed": 0}')
+    about = dict(steps=4500, seed=0, decay=DEMO["decay"])
+    for field, other in dict(steps=10, seed=1, decay=0.0).items():
+        (state / "run.json").write_text(json.dumps(about | {field: other}))
+        with pytest.raises(ValueError, match=f"demo was trained with {field}={other}, not {about[field]}: move it away"):
+            paper.trained("tiny", 0)
+    (state / "run.json").write_text(json.dumps(about))
     assert paper.trained("tiny", 0) == paths
 
 

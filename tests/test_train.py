@@ -105,6 +105,19 @@ def test_labels_are_dropped_at_their_rate():
     assert 60 < (y == 1).sum() < 140  # 4 sigma around 100
 
 
+def test_optimizer_has_every_parameter_once():
+    model = DiT(Config(**SIZES["tiny"]))
+    groups = train.make_optimizer(model, 1e-3, (0.9, 0.99), 0.3).param_groups
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    kind = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    block = model.layers[1]
+    assert kind[id(block.attention.wq.alphas)] == (0.2, 0)
+    assert kind[id(block.attention.wq.weight)] == kind[id(block.adaLN_modulation[1].weight)] == (1, 0.3)
+    for p in (block.ffn_norm.weight, block.adaLN_modulation[1].bias, model.pos_embed, model.final_layer.linear.weight):
+        assert kind[id(p)] == (1, 0)
+
+
 def test_timesteps():
     for prediction in ("eps", "v"):
         d = GaussianDiffusion(prediction=prediction)
