@@ -225,9 +225,9 @@ def report(path, model, device, seconds, n, steps):
     if model.config.ternary:
         dtype = model.x_embedder.weight.dtype
         how = {"kernel": "kernel.cu", "blocks": "blocks widened in the CPU's cache", "plain": "unpacking at every call"}
-        path = packed_path(device, dtype)
-        by = f" by {'kernel.cu' if cpu_kernel() else 'PyTorch'}" if path == "blocks" else ""
-        print(f"packed layers run by {how[path]}{by}, {str(dtype)[6:]}")
+        layers = packed_path(device, dtype)
+        by = f" by {'kernel.cu' if cpu_kernel() else 'PyTorch'}" if layers == "blocks" else ""
+        print(f"packed layers run by {how[layers]}{by}, {str(dtype)[6:]}")
     print(f"checkpoint {mb(on_disk)} on disk: 2-bit codes {mb(codes)}, full-precision rest {mb(rest)}, "
           f"container {mb(on_disk - codes - rest)}")  # fmt: skip
     print(f"weights in memory {mb(size([*model.buffers(), *model.parameters()]))}; peak {where} {mb(peak)}")
