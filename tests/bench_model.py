@@ -7,7 +7,7 @@
     dense      Large-DiT of the same size in bf16: what packing is to be no slower than
     upstream   TerDiT's released code's way: packed in memory, unpacked to fp32 at every call, multiplied in fp32
 
-Every row's memory comes from a process of its own. The ratio comes from one process with both models, in turns.
+Every row comes from a process of its own. The ratio comes from two that take turns.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import terdit  # noqa: E402
 from sample import peak_memory, sample_latents  # noqa: E402
 from terdit import SIZES, Config, DiT, PackedTernaryLinear, packed_linear_plain  # noqa: E402
 from tests.baselines import DiTConfig, DiTXL  # noqa: E402
+from tests.turns import in_turns  # noqa: E402
 
 
 def random_model(size, image_size, mode, device):
@@ -97,13 +98,19 @@ def in_its_own_process(*arguments):
     return json.loads(child.stdout.splitlines()[-1])
 
 
+def stepper(size, image_size, mode, device, steps):
+    model = random_model(size, image_size, mode, device)
+    return lambda: run_seconds(model, device, steps) if steps else step_seconds(model, device)
+
+
 def ratios(size, image_size, device, steps, rounds):
-    """packed / dense of a step and of a run, in turns in one process."""
-    models = [random_model(size, image_size, mode, device) for mode in ("packed", "dense")]
-    one = [[step_seconds(m, device) for m in models] for _ in range(rounds + 1)][1:]
-    run = [[run_seconds(m, device, steps) for m in models] for _ in range(max(2, rounds // 4))]
-    median = lambda pairs: statistics.median(a / b for a, b in pairs)
-    return dict(step_ratio=median(one), run_ratio=median(run), step_ratios=sorted(a / b for a, b in one))
+    """packed / dense of a step and of a run: each turn's, sorted."""
+
+    def measure(steps, rounds):
+        rivals = [(size, image_size, mode, device, steps) for mode in ("packed", "dense")]
+        return sorted(packed / dense for packed, dense in in_turns(stepper, rivals, 0, rounds))
+
+    return dict(step_ratios=measure(0, rounds), run_ratios=measure(steps, max(2, rounds // 4)) if steps else [])
 
 
 def main():
@@ -147,9 +154,12 @@ def main():
             if args.rounds and {"packed", "dense"} <= set(args.modes):
                 row = ratios(size, image_size, args.device, args.steps, args.rounds)
                 results.append(dict(size=size, image_size=image_size, mode="packed / dense", **row))
-                low, high = row["step_ratios"][0], row["step_ratios"][-1]
-                print(f"{size:<5} {image_size:>5} packed / dense, in turns: step {row['step_ratio']:.3f} ({low:.3f}-{high:.3f}), "
-                      f"run {row['run_ratio']:.3f}", flush=True)  # fmt: skip
+                words = [
+                    f"{kind} {statistics.median(v):.3f} ({v[0]:.3f}-{v[-1]:.3f})"
+                    for kind in ("step", "run")
+                    if (v := row[f"{kind}_ratios"])
+                ]
+                print(f"{size:<5} {image_size:>5} packed / dense, in turns: {', '.join(words)}", flush=True)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))

@@ -2,8 +2,8 @@
 
     python tests/bench_qat.py
 
-Both models are stepped in turn in one process (forward, backward, fused AdamW), so that a busy machine slows both. The
-ratio is the median of the ratios of neighbouring steps.
+The two models step in turn (forward, backward, fused AdamW), each in a process of its own. The ratio is the median of
+the ratios of neighbouring steps; beside it, their quartiles.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from terdit import SIZES, Config, DiT, GaussianDiffusion  # noqa: E402
+from tests.turns import in_turns  # noqa: E402
 
 
 def step_seconds(model, optimizer, batch, bf16):
@@ -31,36 +32,41 @@ def step_seconds(model, optimizer, batch, bf16):
     return time.perf_counter() - start
 
 
-def compare(config, n, bf16, rounds):
-    """Median seconds of a dense and of a ternary step, and the median ratio of the two."""
-    models = [DiT(replace(config, ternary=ternary)) for ternary in (False, True)]
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in models]
+def stepper(config, n, bf16):
+    model = DiT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     shape = (n, config.in_channels, config.input_size, config.input_size)
     batch = torch.randn(shape), torch.randint(config.num_classes, (n,)), torch.randint(1000, (n,)), torch.randn(shape)
-    times = [[step_seconds(m, o, batch, bf16) for m, o in zip(models, optimizers)] for _ in range(rounds + 2)][2:]
-    return *(statistics.median(column) for column in zip(*times)), statistics.median(b / a for a, b in times)
+    return lambda: step_seconds(model, optimizer, batch, bf16)
 
 
 def main():
     parser = argparse.ArgumentParser(description="training step with ternary weights against dense weights")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=40, help="how long each of the eight cells is measured")
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
     block = Config(**{**SIZES["600M"], "n_layers": 1})
     tiny = Config(**SIZES["tiny"])
     results = []
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} interleaved rounds")
-    print(f"{'model':<12} {'tokens':>6} {'dtype':>14} {'dense ms':>9} {'ternary ms':>10} {'ratio':>6}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'model':<12} {'tokens':>6} {'dtype':>14} {'dense ms':>9} {'ternary ms':>10} {'ratio':>6} {'quartiles':>12} pairs")
     for name, config, n in (("tiny", tiny, 32), ("tiny", tiny, 64), ("600M block", block, 4), ("600M block", block, 8)):
         for bf16 in (False, True):
-            dense, ternary, ratio = compare(config, n, bf16, args.rounds)
+            rivals = [(replace(config, ternary=ternary), n, bf16) for ternary in (False, True)]
+            pairs = in_turns(stepper, rivals, args.seconds, least=15)
+            dense, ternary = map(statistics.median, zip(*pairs))
+            low, ratio, high = statistics.quantiles((b / a for a, b in pairs), n=4)
             tokens = n * (config.input_size // config.patch_size) ** 2
             dtype = "bf16 autocast" if bf16 else "fp32"
             print(
-                f"{name:<12} {tokens:>6} {dtype:>14} {dense * 1e3:>9.1f} {ternary * 1e3:>10.1f} {ratio:>6.3f}",
+                f"{name:<12} {tokens:>6} {dtype:>14} {dense * 1e3:>9.1f} {ternary * 1e3:>10.1f} {ratio:>6.3f}"
+                f" {low:>6.2f}-{high:.2f} {len(pairs):>5}",
                 flush=True,
             )
-            results.append(dict(model=name, tokens=tokens, dtype=dtype, dense_s=dense, ternary_s=ternary, ratio=ratio))
+            results.append(
+                dict(model=name, tokens=tokens, dtype=dtype, dense_s=dense, ternary_s=ternary, ratio=ratio,
+                     quartiles=[low, high], pairs=len(pairs))
+            )  # fmt: skip
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))

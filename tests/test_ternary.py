@@ -43,6 +43,21 @@ def plain(x, layer):
     return F.linear(x, ternarize(layer.weight) * layer.alphas, layer.bias)
 
 
+def test_gradients_add_up():
+    """The backward scales the matmul's gradient in place: neither a shared layer nor a second backward may feel it."""
+    torch.manual_seed(1)
+    layer, x = TernaryLinear(24, 24), torch.randn(5, 24)
+    results = []
+    for forward in (layer, lambda z: plain(z, layer)):
+        layer.zero_grad()
+        loss = forward(forward(x)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        results.append([layer.weight.grad, layer.alphas.grad])
+    for got, want in zip(*results):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("alpha", [0.07, -0.3])
 def test_fast_layer_equals_plain(autocast, alpha):
