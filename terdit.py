@@ -143,8 +143,8 @@ class _TernaryWeight(torch.autograd.Function):
     def backward(ctx, grad):
         out, alphas = ctx.saved_tensors
         # d/dalpha = <grad, codes> = <grad, out> / alpha. An alpha of exactly 0 gets no gradient.
-        # In place, for fresh pages cost more than arithmetic: up to a tenth of a step. No one else holds `grad`, which
-        # F.linear's backward has just made for this node alone.
+        # In place, for the fresh pages of a copy cost more than the arithmetic. No one else holds `grad`: F.linear's
+        # backward has just made it, for this node alone.
         if grad.dtype == torch.float32:
             dot, grad = torch.dot(grad.flatten(), out.flatten()), grad.mul_(alphas)
         else:
