@@ -143,10 +143,11 @@ class _TernaryWeight(torch.autograd.Function):
     def backward(ctx, grad):
         out, alphas = ctx.saved_tensors
         # d/dalpha = <grad, codes> = <grad, out> / alpha. An alpha of exactly 0 gets no gradient.
-        # In place, for the fresh pages of a copy cost more than the arithmetic. No one else holds `grad`: F.linear's
-        # backward has just made it, for this node alone.
+        # In place, for the fresh pages of a copy cost more than the arithmetic. No one else holds `grad`, which F.linear's
+        # backward has just made for this node alone, unless there is to be a second derivative (create_graph).
         if grad.dtype == torch.float32:
-            dot, grad = torch.dot(grad.flatten(), out.flatten()), grad.mul_(alphas)
+            scale = torch.mul if torch.is_grad_enabled() else torch.Tensor.mul_
+            dot, grad = torch.dot(grad.flatten(), out.flatten()), scale(grad, alphas)
         else:
             dot, grad = torch.linalg.vecdot(grad, out).sum(dtype=torch.float32), grad.float().mul_(alphas)
         return grad, torch.where(alphas == 0, alphas, dot / alphas), None

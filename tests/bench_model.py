@@ -152,7 +152,11 @@ def main():
                 print(f"{size:<5} {image_size:>5} {mode:<9} {row['step_s']:8.3f} {run} {row['weight_bytes'] / 1e6:11.1f} "
                       f"{row['peak_bytes'] / 1e6:9.1f}", flush=True)  # fmt: skip
             if args.rounds and {"packed", "dense"} <= set(args.modes):
-                row = ratios(size, image_size, args.device, args.steps, args.rounds)
+                try:
+                    row = ratios(size, image_size, args.device, args.steps, args.rounds)
+                except (EOFError, OSError):  # its own words are above
+                    print(f"{size:<5} {image_size:>5} packed / dense failed: one of the two died")
+                    continue
                 results.append(dict(size=size, image_size=image_size, mode="packed / dense", **row))
                 words = [
                     f"{kind} {statistics.median(v):.3f} ({v[0]:.3f}-{v[-1]:.3f})"

@@ -44,7 +44,7 @@ def plain(x, layer):
 
 
 def test_gradients_add_up():
-    """The backward scales the matmul's gradient in place: neither a shared layer nor a second backward may feel it."""
+    """The backward scales the matmul's gradient in place: no shared layer, second backward or derivative may feel it."""
     torch.manual_seed(1)
     layer, x = TernaryLinear(24, 24), torch.randn(5, 24)
     results = []
@@ -53,7 +53,10 @@ def test_gradients_add_up():
         loss = forward(forward(x)).square().sum()
         loss.backward(retain_graph=True)
         loss.backward()
-        results.append([layer.weight.grad, layer.alphas.grad])
+        loss = forward(x).square().sum()
+        alpha_grad = torch.autograd.grad(loss, [layer.weight, layer.alphas], create_graph=True)[1]
+        second = torch.autograd.grad(alpha_grad.sum(), layer.alphas)[0]
+        results.append([layer.weight.grad, layer.alphas.grad, second])
     for got, want in zip(*results):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
