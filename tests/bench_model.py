@@ -98,19 +98,21 @@ def in_its_own_process(*arguments):
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def stepper(size, image_size, mode, device, steps):
+def stepper(size, image_size, mode, device, seconds, *steps):
     model = random_model(size, image_size, mode, device)
-    return lambda: run_seconds(model, device, steps) if steps else step_seconds(model, device)
+    return lambda: seconds(model, device, *steps)
 
 
 def ratios(size, image_size, device, steps, rounds):
     """packed / dense of a step and of a run: each turn's, sorted."""
 
-    def measure(steps, rounds):
-        rivals = [(size, image_size, mode, device, steps) for mode in ("packed", "dense")]
+    def measure(rounds, *clock):
+        rivals = [(size, image_size, mode, device, *clock) for mode in ("packed", "dense")]
         return sorted(packed / dense for packed, dense in in_turns(stepper, rivals, 0, rounds))
 
-    return dict(step_ratios=measure(0, rounds), run_ratios=measure(steps, max(2, rounds // 4)) if steps else [])
+    step_ratios = measure(rounds, step_seconds)
+    run_ratios = measure(max(2, rounds // 4), run_seconds, steps) if steps else []
+    return dict(step_ratios=step_ratios, run_ratios=run_ratios)
 
 
 def main():
