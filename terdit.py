@@ -646,14 +646,14 @@ class KernelError(RuntimeError):
     pass
 
 
-KERNELS = ("auto", "naive", "few", "mma", "wgmma")  # in the order of kernel.cu's enum
+KERNELS = ("auto", "naive", "small_batch", "mma", "wgmma")  # in the order of kernel.cu's enum
 
 
 def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
     """kernel.cu's ternary_linear: x (M, K) bf16 or fp16, weight (N/4, K) uint8 -> (M, N).
 
-    kernel: auto, naive, few (M <= 16), mma or wgmma; tokens: of a CTA's tile, 0 for the best. The pointers are raw, so
-    everything is checked here: ValueError says what was got. KernelError is a launch that CUDA refuses.
+    kernel: auto, naive, small_batch (M <= 16), mma or wgmma; tokens: of a CTA's tile, 0 for the best. The pointers are
+    raw, so everything is checked here: ValueError says what was got. KernelError is a launch that CUDA refuses.
     """
     (M, K), N = x.shape, 4 * len(weight)
     if x.dtype not in (torch.bfloat16, torch.float16) or max(M, N, K) >= 1 << 31:
@@ -683,7 +683,7 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
 
 
 def forced_kernel():
-    """TERDIT_KERNEL=off|auto|naive|few|mma|wgmma[:TOKENS], for experiments -> name, tokens."""
+    """TERDIT_KERNEL=off|auto|naive|small_batch|mma|wgmma[:TOKENS], for experiments -> name, tokens."""
     name, _, tokens = os.environ.get("TERDIT_KERNEL", "auto").partition(":")
     if name not in (*KERNELS, "off") or not (tokens or "0").isdigit():
         raise ValueError(f"TERDIT_KERNEL={name!r}, expected off, {', '.join(KERNELS)}, perhaps with :TOKENS")
@@ -747,7 +747,7 @@ def cpu_kernel():
 def widen(library, packed, out):
     """packed (n, K) uint8 -> out (4, n, K) of -2, 0 and 2, in bf16, fp16 or fp32; both contiguous. See kernel.cu."""
     pointers = (ctypes.c_void_p(z.data_ptr()) for z in (packed, out))
-    library.widen(*pointers, ctypes.c_long(packed.numel()), out.element_size())
+    library.dequantize(*pointers, ctypes.c_long(packed.numel()), out.element_size())
 
 
 def widen_plain(packed, out):
