@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from terdit import GaussianDiffusion, atomic_write, cpu_kernel, load_model, packed_path, read_model
+from terdit import GaussianDiffusion, atomic_write, cpu_kernel, first_line, load_model, packed_path, read_model
 
 STEPS = 25  # enough for the demo's digits
 PAPER_STEPS = 250
@@ -34,7 +34,7 @@ def main(argv=None):
     y = torch.tensor([classes[i % len(classes)] for i in range(n)])
     steps = args.steps or (PAPER_STEPS if config.vae else STEPS)
     if Path(args.ckpt).is_dir():
-        print("released checkpoint: classes are ImageNet's indices, which it orders as strings "
+        print("released checkpoint: class names are ImageNet's indices; its rows are in the order of these as strings "
               f"({config.class_names[classes[0]]} is row {classes[0]})")  # fmt: skip
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
@@ -83,7 +83,7 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=
     """The guided denoising loop: labels y (n,) -> x_0 (n, C, H, W) fp32.
 
     index: each image's number in the run. Its noise is a function of the seed and this number, so an image is the same
-    whatever batch it is computed in.
+    whatever batch it is computed in (a matmul of another height may round its last bits otherwise).
     """
     config = model.config
     device = next(model.parameters()).device
@@ -91,7 +91,7 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=
     shape = (config.in_channels, config.input_size, config.input_size)
     generators = [generator(seed, i) for i in index]
 
-    def draw_noise(x=None):
+    def draw_noise(x=None):  # the sampler passes x, which is not needed
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
     y = torch.as_tensor(y).to(device)
@@ -114,7 +114,7 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=
 
 
 def pick_classes(wanted, config, everything=False):
-    """Class names or indices -> indices. Names come first: in a released checkpoint "207" is a name, of row 121.
+    """Class names or indices -> indices. Names come first: in a released TerDiT "207" is the name of row 121.
 
     None takes every class of up to ten, or if there are more, eight (everything=True: all of them).
     """
@@ -222,9 +222,13 @@ def parse_args(argv=None):
 
 
 def generator(*numbers):
-    """A random generator that is a function of these whole numbers alone."""
+    """A random generator seeded by these whole numbers.
+
+    train.py: (seed, 0, epoch) order of the images, (seed, 1, step) batches, (seed, 2) which images are held out,
+    (seed, 3) validation. sample.py: (seed, number of the image).
+    """
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed >> 1))  # manual_seed takes 63 bits
+    return torch.Generator().manual_seed(int(seed >> 1))
 
 
 def load_vae(name, device):
@@ -286,14 +290,14 @@ class Progress:
 
 
 def positive(text):
-    """argparse's type of a count."""
+    """argparse type: a whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
     return int(text)
 
 
 def check_common(parser, args):
-    """What both scripts refuse."""
+    """Flags that both scripts refuse."""
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: got {args.seed}, expected 0 or more (and below 2^63)")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -306,11 +310,19 @@ def run_main(main):
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        details = str(e).splitlines()[0] if str(e) else "no details"
-        sys.exit(f"error: out of memory, try a smaller batch ({details})")
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        sys.exit(f"error: out of memory ({first_line(e)}). Try a smaller --micro-batch (train.py) or --batch (sample.py), "
+                 "a smaller --image-size, or --checkpointing")  # fmt: skip
     except KeyboardInterrupt:
         sys.exit("stopped")
+
+
+def is_out_of_memory(e):
+    """Of a GPU it is torch.OutOfMemoryError, of a CPU a plain RuntimeError, of numpy or C++ something else again."""
+    words = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "bad_alloc")
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(w in str(e) for w in words)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ The method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.1
     4. GaussianDiffusion            what it is trained on, and how it samples                 (DDPM, DDIM)
     5. pack_ternary, pack_model     four weights in a byte                                    (paper 3.3)
     6. save_checkpoint, load_model  our files, and the released TerDiT and Large-DiT folders
-    7. Fast paths                   the same results in less time: skip on first reading
+    7. Fast paths                   what sections 2 and 5 compute, in less time: skip on first reading
+
+Section numbers are those of the paper's first version (May 2024), figures and tables those of the second (April 2025).
+"Upstream" is the TerDiT authors' own code, ADM is OpenAI's guided-diffusion, which DiT took its diffusion from.
 
 Letters in the shape comments: B images in a batch, C channels, H and W height and width, T tokens, D the model's width.
-A weight matrix is (N, K), N outputs and K inputs. It multiplies x (M, K), whose M rows are tokens.
+A weight matrix is (N, K), N outputs and K inputs. It multiplies x (M, K), whose M rows are tokens (in adaLN, images).
 """
 
 import ctypes
@@ -38,7 +41,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """Everything needed to rebuild a model, and what a sampler must know of its data. JSON-able.
+    """Everything needed to rebuild a model and to use its samples. It can be saved as JSON.
 
     `ternary=False, adaln_norm=False` is Large-DiT, the full-precision model that TerDiT quantizes.
     """
@@ -57,7 +60,7 @@ class Config:
     qk_norm: bool = False
     norm_eps: float = 1e-5
     label_std: float = 0.02  # initial spread of the label embeddings
-    pos_embed: bool = False  # add learned 2-D positions; the paper has rotary ones alone, along the raster
+    pos_embed: bool = False  # add a learned vector to each patch; the paper has rotary positions alone, row by row
     ternary: bool = True
     adaln_norm: bool = True  # the paper's RMS Norm after the adaLN projection
     class_names: list | None = None
@@ -112,7 +115,10 @@ TERNARY_EPS = 1e-6  # upstream's; it keeps a matrix of zeros from being divided 
 
 
 class _Ternarize(torch.autograd.Function):
-    """The straight-through estimator: the forward pass rounds, the backward pass is the identity."""
+    """The straight-through estimator: the forward pass rounds, the backward pass is the identity.
+
+    Training runs the same two lines inside _ScaledTernaryWeight (section 7): whoever changes the rule changes both.
+    """
 
     @staticmethod
     def forward(ctx, weight, eps):
@@ -128,9 +134,9 @@ def ternarize(weight, eps=TERNARY_EPS):
     """Round to -1, 0, +1 by the absmean rule (TerDiT eq. 1, from BitNet b1.58); gradients pass straight through.
 
     weight (N, K) float -> same shape and dtype: clip(round(weight / (mean|weight| + eps)), -1, 1), halves to even.
-    Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. Its backward pass is the
-    identity instead: the optimizer moves the full-precision *latent* weight as if it were used itself, and the code
-    flips when the latent weight has moved far enough.
+    Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. So the backward pass
+    pretends that rounding did nothing: the optimizer moves the full-precision *latent* weight, and its code (-1, 0 or
+    +1) flips when the latent weight has moved far enough.
     """
     return _Ternarize.apply(weight, eps)
 
@@ -139,8 +145,8 @@ class TernaryLinear(nn.Module):
     """A linear layer whose weight is ternary in the forward pass and full precision in the optimizer.
 
     `weight` (N, K) latent, `alphas` (1,) the one learned scale, `bias` (N,) or None.  x (..., K) -> (..., N)
-    It is no nn.Linear on purpose: code that looks for nn.Linear means the layers that stay in full precision.
-    Models are built of FastTernaryLinear (section 7), which computes the same.
+    The plural `alphas` is upstream's parameter name. It is no subclass of nn.Linear, so that isinstance(m, nn.Linear)
+    finds the full-precision layers alone. Models are built of FastTernaryLinear (section 7), which puts out the same.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -150,7 +156,7 @@ class TernaryLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         nn.init.xavier_uniform_(self.weight)
         with torch.no_grad():
-            self.alphas.copy_(self.weight.abs().mean())
+            self.alphas.copy_(self.weight.abs().mean())  # the output is about as large as without rounding
 
     def forward(self, x):
         return F.linear(x, ternarize(self.weight) * self.alphas, self.bias)
@@ -165,7 +171,7 @@ def modulate(x, shift, scale):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Computes in its weight's dtype. Autocast hands it bf16, but what adaLN puts out steers whole blocks."""
+    """Computes in its weight's dtype, fp32: under autocast x is bf16, but adaLN's output scales whole blocks."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -175,7 +181,7 @@ def timestep_embedding(t, dim=256, max_period=10000):
     """Sinusoids of t (B,), fractions allowed -> (B, dim): the cosines, then the sines (ADM's order)."""
     half = dim // 2
     exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    # exp in fp64: fp32's last bit differs between machines, and t=999 multiplies that into an angle off by 6e-5.
+    # exp in fp64: its last bit in fp32 differs between machines, and times t=999 the angle would differ by 6e-5.
     freqs = exponents.double().exp().float()
     angles = t[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -191,11 +197,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One row a class, and a last row, number num_classes, for "no class": the null label of guidance."""
+    """One row a class, and a last row, number num_classes, for "no class": the null label of guidance.
+
+    Labels are dropped where batches are drawn (train.py's draw_batch), not here as in DiT.
+    """
 
     def __init__(self, num_classes, dim):
         super().__init__()
-        # nn.Embedding(...) would draw random numbers, for which torch loads its compiler on the meta device: 100 MB.
+        # nn.Embedding(n, dim) would call normal_, which on the meta device loads torch's compiler: 100 MB, a second.
         self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, dim), freeze=False)
 
     def forward(self, y):
@@ -203,7 +212,7 @@ class LabelEmbedder(nn.Module):
 
 
 def rotary_table(n_tokens, head_dim, device=None, theta=10000.0):
-    """exp(i * angle) (T, head_dim / 2) complex64: raster position times a frequency for each pair of channels."""
+    """exp(i * angle) (T, head_dim / 2) complex64. angle = token number, row by row, times the pair's frequency."""
     freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(n_tokens, dtype=torch.float32, device=device), freqs)
     return torch.polar(torch.ones_like(angles), angles)
@@ -223,7 +232,7 @@ class Attention(nn.Module):
         self.wk = linear(cfg.dim, cfg.dim, bias=False)
         self.wv = linear(cfg.dim, cfg.dim, bias=False)
         self.wo = linear(cfg.dim, cfg.dim, bias=False)
-        # Over all heads together, before the rotation (Large-DiT).
+        # Over all D channels, before they are split into heads and rotated (Large-DiT).
         self.q_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
@@ -243,7 +252,7 @@ def softmax_attention(q, k, v):
     if q.device.type == "cpu" and torch.is_grad_enabled():
         # Written out for training on a CPU, where SDPA's bf16 backward pass takes 13 times as long as two matmuls.
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, T, T)
-        return scores.softmax(-1).to(v.dtype) @ v
+        return scores.softmax(-1).to(v.dtype) @ v  # autocast computes a softmax in fp32
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -263,9 +272,10 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and SwiGLU, each shifted, scaled and gated by the timestep and the label (adaLN).
 
-    A ternary weight is 0 or +-alpha. Where alpha is large (upstream starts it near 1; a full-precision weight is near
-    0.02), the ternary adaLN projection puts out large values, and a few codes that flip move them a lot. The paper's
-    cure is one RMS Norm over the six vectors together, which divides alpha out (paper 3.2, figures 3 and 4).
+    A ternary weight is 0 or +-alpha. Where alpha is large (upstream draws its start from N(0, 1); a full-precision
+    weight is near 0.02), the ternary adaLN projection puts out large values, and a few weights that change their code
+    change them a lot. The paper's cure is one RMS Norm over the six vectors together, which divides alpha out (paper
+    3.2, figures 3 and 4). We start alpha small, but it is learned: the norm keeps training independent of its size.
     """
 
     def __init__(self, cfg, linear):
@@ -279,7 +289,7 @@ class TransformerBlock(nn.Module):
             self.adaLN_modulation.append(RMSNorm(6 * cfg.dim, eps=cfg.norm_eps))
 
     def forward(self, x, c, freqs_cis):
-        """x (B, T, D) tokens, c (B, cond_dim) timestep and label, freqs_cis: rotary_table's -> (B, T, D)"""
+        """x (B, T, D) tokens, c (B, cond_dim) timestep and label, freqs_cis from rotary_table -> (B, T, D)"""
         modulation = self.adaLN_modulation(c)  # (B, 6 * D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         attended = self.attention(modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis)
@@ -289,7 +299,7 @@ class TransformerBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Full precision: errors of the last layer are errors of the image (paper 3.1)."""
+    """Full precision, because an error here goes straight into the image (paper 3.1)."""
 
     def __init__(self, cfg, out_channels):
         super().__init__()
@@ -311,10 +321,10 @@ class DiT(nn.Module):
     def __init__(self, config, packed=False):
         super().__init__()
         self.config = cfg = config
-        # The linears of sections 2 and 5 in the faster form of section 7. The plain ones work here too.
         if packed and not cfg.ternary:
             raise ValueError("a full-precision model (ternary=False) has no ternary layers to pack")
-        elif packed:
+        # The linears of sections 2 and 5 in the faster form of section 7. The plain classes work here too.
+        if packed:
             linear = FastPackedTernaryLinear
         elif cfg.ternary:
             linear = FastTernaryLinear
@@ -331,11 +341,12 @@ class DiT(nn.Module):
             self.init_weights()
 
     def init_weights(self):
-        """The start of training. Upstream's is not known, so two things are our own.
+        """The start of training. Two things differ from upstream.
 
-        alpha starts at mean|W|, so a ternary linear puts out about what its latent weights would. And every block
-        starts as the identity (adaLN-Zero) through the RMS Norm's gain instead of zero weights: zero weights become
-        +-1 with the first update, however small it is, and would open the gates fully in one step.
+        alpha starts at mean|W| (upstream: a draw from N(0, 1)), so a ternary linear puts out about what its latent
+        weights would. And every block starts as the identity (adaLN-Zero) through the RMS Norm's gain, not through
+        zero weights: were the weights 0, mean|W| would be 0 too. After the first update, however small, each weight is
+        about as large as mean|W|, so most round to +-1, and the gates would open fully in one step.
         """
         cfg = self.config
         for module in self.modules():
@@ -351,7 +362,7 @@ class DiT(nn.Module):
         for block in self.layers:
             if cfg.adaln_norm:
                 nn.init.zeros_(block.adaLN_modulation[2].weight)
-            elif not cfg.ternary:
+            elif not cfg.ternary:  # ternary without the norm does not start as the identity: see above
                 nn.init.zeros_(block.adaLN_modulation[1].weight)
         for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(linear.weight)
@@ -370,11 +381,11 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         """Predict the noise (or v) in x.
 
-        x (B, C, H, W) noisy images or latents; t (B,) in 0..999, fractions allowed; y (B,) classes, num_classes: none.
+        x (B, C, H, W) noisy images or latents; t (B,) in 0..999, fractions allowed; y (B,) classes or the null label.
         -> (B, 2C, H, W): prediction, then the sigma channels; (B, C, H, W) if not learn_sigma.
         """
         height = x.shape[2]
-        dtype = self.x_embedder.weight.dtype  # of the residual stream, under autocast too
+        dtype = self.x_embedder.weight.dtype  # the residual stream keeps it, under autocast too
         h = self.x_embedder(self.patchify(x).to(dtype)).to(dtype)  # (B, T, D)
         if self.pos_embed is not None:
             h = h + self.pos_embed
@@ -385,9 +396,9 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(h, c), height)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None):
-        """Classifier-free guidance, by upstream's contract.
+        """Classifier-free guidance, with upstream's arguments.
 
-        The first half of x (B, C, H, W) is run twice, the second half is ignored. y (B,) is the classes, then as many
+        x (B, C, H, W): the first half is run twice, the second half is ignored. t (B,). y (B,): the classes, then as many
         null labels. -> (B, 2C or C, H, W), whose two halves hold the same guided prediction; sigma is never guided.
         guided_channels=3 reproduces upstream, which leaves the fourth latent channel unguided (DiT issue 41 calls it a
         slip). None guides every channel.
@@ -405,7 +416,7 @@ class DiT(nn.Module):
 
 
 def spaced_timesteps(respacing, total):
-    """The timesteps that a shorter process keeps: "250" spreads 250 evenly, "ddim50" takes a whole stride (ADM)."""
+    """The timesteps that a shorter process keeps (ADM): "250" spreads 250 evenly, "ddim50" takes every 20th."""
     count = respacing.removeprefix("ddim")
     if not count.isdigit() or not 1 <= int(count) <= total:
         raise ValueError(f"respacing={respacing!r}, expected a count of 1 to {total} such as '250', or 'ddim50'")
@@ -455,7 +466,7 @@ class GaussianDiffusion:
     """The noise process q(x_t | x_0), the training loss, and the samplers.
 
     Linear betas 1e-4..0.02 over 1000 steps (DDPM). `respacing` keeps fewer of them for sampling: a shorter process with
-    the same alphas_cumprod at the kept steps, `timestep_map` saying which. Tables are float64 numpy arrays.
+    the same alphas_cumprod at the kept steps. timestep_map[i] is the original number of step i. Tables are float64 numpy.
 
     prediction: what the model's first C channels mean. "eps" is the noise, the paper's choice. "v" is
     sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise,
@@ -482,8 +493,8 @@ class GaussianDiffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / alphas_cumprod - 1)
         # q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7. Its variance is 0 at t=0, so the log there takes the value of t=1.
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - alphas_cumprod)
-        first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
-        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
+        at_zero = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(at_zero, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod)
 
@@ -492,9 +503,9 @@ class GaussianDiffusion:
         return extract(self.sqrt_alphas_cumprod, t) * x0 + extract(self.sqrt_one_minus_alphas_cumprod, t) * noise
 
     def v_rotation(self, a, t, b):
-        """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b.
+        """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b, in two uses:
 
-        v is the rotation of (eps, x0). The same rotation of (x, v) gives x0 back.
+        v = v_rotation(eps, t, x0)    and, backwards,    x0 = v_rotation(x, t, v)
         """
         return extract(self.sqrt_alphas_cumprod, t) * a - extract(self.sqrt_one_minus_alphas_cumprod, t) * b
 
@@ -512,8 +523,8 @@ class GaussianDiffusion:
     def p_mean_variance(self, model_out, x, t, clip_denoised=False):
         """Read the model's output (B, 2C or C, H, W) at x (B, C, H, W), t (B,).
 
-        -> dict of mean, variance, log_variance of p(x_{t-1} | x_t), and pred_xstart. Sigma channels in [-1, 1] blend
-        the log variance between the smallest and the largest that make sense (Improved DDPM eq. 15).
+        -> dict of mean, variance, log_variance of p(x_{t-1} | x_t), and pred_xstart. The sigma channels choose the log
+        variance: -1 is that of the posterior, +1 that of beta, between them it is blended (Improved DDPM eq. 15).
         """
         model_out = model_out.float()
         n_channels = x.shape[1]
@@ -531,7 +542,7 @@ class GaussianDiffusion:
         """Loss of model(x_t, timestep, y) for x0 (B, C, H, W), t (B,) int64, y (B,) -> dict of (B,) tensors.
 
         `mse` is the paper's simple loss; `vb`, in bits a dimension, teaches the sigma channels alone (Improved DDPM
-        section 3.1): the prediction is detached in it. Without sigma channels there is no vb. `loss` is their sum.
+        section 3.1): no gradient of it reaches the prediction. Without sigma channels there is no vb. `loss` is their sum.
         """
         if noise is None:
             noise = torch.randn_like(x0)
@@ -544,8 +555,8 @@ class GaussianDiffusion:
         mse = ((target - pred) ** 2).flatten(1).mean(1)
         if out.shape[1] == n_channels:
             return dict(mse=mse, loss=mse)
-        frozen = torch.cat([pred.detach(), out[:, n_channels:]], dim=1)
-        p = self.p_mean_variance(frozen, x, t)
+        out_for_vb = torch.cat([pred.detach(), out[:, n_channels:]], dim=1)
+        p = self.p_mean_variance(out_for_vb, x, t)
         true_mean, true_log_variance = self.q_posterior(x0, x, t)
         kl = gaussian_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]).flatten(1).mean(1)
         nll = discretized_gaussian_nll(x0, p["mean"], 0.5 * p["log_variance"]).flatten(1).mean(1)
@@ -553,12 +564,12 @@ class GaussianDiffusion:
         return dict(mse=mse, vb=vb, loss=mse + vb)
 
     def _sample_loop(self, step, model_fn, x, clip_denoised, noise_fn):
-        """From x_T to x_0: step(p, x, t, noise) -> x_{t-1} is what the samplers differ in."""
+        """From x_T to x_0. step(p, x, t, noise) makes x_{t-1} from x_t; DDPM and DDIM each pass their own."""
         for i in reversed(range(self.num_timesteps)):
             t = torch.full((len(x),), i, device=x.device)
             out = model_fn(x, torch.full_like(t, int(self.timestep_map[i])))
             p = self.p_mean_variance(out, x, t, clip_denoised)
-            noise = noise_fn(x)  # drawn at the last step too, so that a recorded sequence replays
+            noise = noise_fn(x)  # drawn at the last step too, where it is not used: as many draws as steps
             if i == 0:
                 noise = torch.zeros_like(noise)
             x = step(p, x, t, noise)
@@ -575,11 +586,12 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def ddim_sample_loop(self, model_fn, noise, eta=0.0, clip_denoised=False, noise_fn=torch.randn_like):
-        """DDIM (eq. 12). Arguments as in p_sample_loop; eta=0 is deterministic given x_T. It ignores sigma channels."""
+        """DDIM (eq. 12), arguments as in p_sample_loop. eta sets the variance, so sigma channels are ignored; with 0
+        the result is a function of x_T."""
 
         def step(p, x, t, noise):
             x0 = p["pred_xstart"]
-            # eps from x0, so that clipping x0 reaches it.
+            # From the clipped x0, not the model's own eps.
             eps = (extract(self.sqrt_recip_alphas_cumprod, t) * x - x0) / extract(self.sqrt_recipm1_alphas_cumprod, t)
             acp = extract(self.alphas_cumprod, t)
             acp_prev = extract(self.alphas_cumprod_prev, t)
@@ -598,7 +610,7 @@ def pack_ternary(codes):
 
     Rows are taken in quarters: with n = N/4, byte [r, c] holds the weights of rows r, n+r, 2n+r and 3n+r, high bits
     first, each as weight + 1:    bits 7-6: row r | 5-4: row n+r | 3-2: row 2n+r | 1-0: row 3n+r
-    For example rows of 1, 0, -1, 1 (n = 1) are the fields 2, 1, 0, 2, the byte 0b10_01_00_10.
+    Example with N = 4, K = 1: the weights 1, 0, -1, 1 from top to bottom become the byte 0b10_01_00_10 (2, 1, 0, 2).
     """
     if codes.ndim != 2 or codes.shape[0] % 4:
         raise ValueError(f"pack_ternary needs (N, K) with N a multiple of 4, got {tuple(codes.shape)}")
@@ -633,8 +645,8 @@ class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
     `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. In fp32 on a CPU it gives the same
-    bits as TernaryLinear. Models are built of FastPackedTernaryLinear (section 7), which never holds the whole unpacked
-    matrix; its bits are the same up to 3M weights, and the same to rounding above.
+    bits as TernaryLinear. Models are built of FastPackedTernaryLinear (section 7), which never holds a large unpacked
+    matrix; in fp32 its bits are the same up to BLOCK_BYTES of unpacked weights, and the same to rounding above.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -653,7 +665,7 @@ class PackedTernaryLinear(nn.Module):
 def pack_model(model):
     """A DiT of TernaryLinear layers -> a new DiT of PackedTernaryLinear layers, in eval mode on the same device.
 
-    Its fp32 output equals the training model's bit for bit, on a CPU and with layers of up to 3M weights.
+    Without gradients, on a CPU in fp32, its output equals the model's bit for bit if no layer is over BLOCK_BYTES.
     """
     with torch.device("meta"):
         packed = DiT(model.config, packed=True)
@@ -665,7 +677,7 @@ def pack_model(model):
         elif bool(value.isfinite().all()):
             state[name] = pack_ternary(ternarize(value))
         else:
-            raise ValueError(f"{name} holds values that are not finite: nothing to pack")
+            raise ValueError(f"{name} holds values that are not finite: it cannot be packed")
     packed.load_state_dict(state, assign=True)
     return packed.eval().requires_grad_(False)
 
@@ -686,7 +698,7 @@ def atomic_write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
-    except RuntimeError as e:  # torch.save turns a full disk into one
+    except RuntimeError as e:  # what torch.save raises when the disk is full
         raise OSError(f"{path}: cannot be written ({first_line(e)})") from None
     finally:
         tmp_path.unlink(missing_ok=True)
@@ -715,7 +727,7 @@ def released_config(state, args):
     dim, patch_dim = state["x_embedder.weight"].shape
     num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
     ffn_dim = state["layers.0.feed_forward.w2.weight"].shape[-1]
-    multiple_of = 1
+    multiple_of = 1  # it is stored nowhere: the largest that gives this width
     for candidate in (32, 64, 128, 256):
         if math.ceil(int(8 * dim / 3) / candidate) * candidate == ffn_dim:
             multiple_of = candidate
@@ -772,7 +784,10 @@ def read_model(path):
 
 
 def checked_state(state, packed, dtype):
-    """The tensors of a checkpoint, their types checked, and those of the full-precision layers cast to dtype."""
+    """The tensors of a checkpoint, their types checked, and those of the full-precision layers cast to dtype.
+
+    Alphas and latent weights stay fp32: a latent weight in bf16 could round to another code.
+    """
     ternary = {name.removesuffix("alphas") + "weight" for name in state if name.endswith("alphas")}
     checked = {}
     for name, value in state.items():
@@ -780,7 +795,7 @@ def checked_state(state, packed, dtype):
             check_packed(value, name)
         elif not value.is_floating_point():
             raise ValueError(f"{name} is {value.dtype}, expected floating point")
-        elif name not in ternary and not name.endswith("alphas"):  # a latent weight in bf16 could round to another code
+        elif name not in ternary and not name.endswith("alphas"):
             value = value.to(dtype)
         checked[name] = value
     return checked
@@ -808,8 +823,9 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Fast paths: skip on first reading
 #
-# FastTernaryLinear computes what TernaryLinear does, FastPackedTernaryLinear what PackedTernaryLinear does; tests hold
-# each pair together. A packed layer runs by one of three ways, which packed_path chooses:
+# Models are built of these. FastTernaryLinear puts out what TernaryLinear does, FastPackedTernaryLinear what
+# PackedTernaryLinear does; tests hold each pair together. A packed layer runs in one of three ways, which packed_path
+# chooses; where a gradient is wanted, the layer itself takes the plain one:
 #
 #     "kernel"  on a GPU, in bf16 or fp16: kernel.cu multiplies by the packed bytes
 #     "blocks"  on a CPU: a few MB of weights at a time are dequantized and multiplied by PyTorch
@@ -832,8 +848,8 @@ def first_line(e):
 class _ScaledTernaryWeight(torch.autograd.Function):
     """(ternarize(weight) * alphas).to(dtype), with fewer passes over memory: this runs on every weight at every step.
 
-    The forward pass works in one buffer. For the backward pass it keeps one tensor, which the matmul keeps anyway,
-    where the plain expression keeps two. tests/bench_qat.py prints what is left of the cost.
+    The forward pass works in one buffer. For the backward pass it keeps the scaled weight alone, which F.linear keeps
+    too; the plain expression would also keep the codes. tests/bench_qat.py prints what is left of the cost.
     """
 
     @staticmethod
@@ -853,9 +869,10 @@ class _ScaledTernaryWeight(torch.autograd.Function):
         else:
             grad_dot_scaled = torch.linalg.vecdot(grad, scaled).sum(dtype=torch.float32)
             grad = grad.float()
-        # d/dalpha = <grad, codes> = <grad, scaled> / alpha. An alpha of exactly 0 gets no gradient.
+        # d/dalpha = <grad, codes>. The codes are not kept, but scaled = alpha * codes, so it is <grad, scaled> / alpha.
+        # At an alpha of exactly 0 that would be 0 / 0: it gets no gradient.
         grad_alphas = torch.where(alphas == 0, alphas, grad_dot_scaled / alphas)
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative needs `grad` as it is
+        if torch.is_grad_enabled():  # create_graph=True: for a second derivative `grad` must not be overwritten
             return grad * alphas, grad_alphas, None
         # In place, because a copy would cost more than the arithmetic. F.linear's backward made `grad` for this
         # function alone, so nobody else sees the change.
@@ -867,13 +884,13 @@ class FastTernaryLinear(TernaryLinear):
 
     def forward(self, x):
         dtype = x.dtype
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
             dtype = torch.get_autocast_dtype(x.device.type)
         return F.linear(x, _ScaledTernaryWeight.apply(self.weight, self.alphas, dtype), self.bias)
 
 
 class FastPackedTernaryLinear(PackedTernaryLinear):
-    """PackedTernaryLinear by packed_linear. The bytes stay as they are in the checkpoint: every path reads them so."""
+    """PackedTernaryLinear by packed_linear."""
 
     def forward(self, x):
         if x.shape[-1] != self.weight.shape[1]:
@@ -1006,11 +1023,11 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
 
 # On a CPU -------------------------------------------------------------------------------------------------------------
 
-BLOCK_BYTES = 12 << 20  # of dequantized weights: they stay in the cache, and the matmul is still a large one
+BLOCK_BYTES = 12 << 20  # of dequantized weights: small enough for the cache, large enough for an efficient matmul
 
 
 class _Scratch(threading.local):
-    """Memory that is kept from call to call, for each thread its own: new pages cost as much as the work on them."""
+    """Memory kept from call to call, for each thread its own: page faults of new memory cost as much as the work."""
 
     bytes = torch.empty(0, dtype=torch.uint8)
 
@@ -1018,8 +1035,8 @@ class _Scratch(threading.local):
         if len(self.bytes) < size:
             self.bytes = torch.empty(size, dtype=torch.uint8)
             # glibc returns large freed blocks to the system, and the next call must fault their pages in again: 80,000
-            # faults, a quarter of a 600M forward pass. Freeing a block of 31 MB, once, raises the size above which it
-            # does so. The block is not written to, so it takes no memory.
+            # faults, a quarter of a 600M forward pass. Once a block of 31 MB has been freed, glibc keeps blocks up to
+            # that size. This one is never written to, so it takes no memory.
             torch.empty(31 << 20, dtype=torch.uint8)
         return self.bytes[:size]
 
@@ -1031,7 +1048,7 @@ scratch = _Scratch()
 def cpu_kernel():
     """The CPU part of kernel.cu as a ctypes library, or None and a warning that says why.
 
-    Each process that needs it compiles it, which takes less than a second: there is nothing to cache.
+    Each process that needs it compiles it, in less than a second. No file is kept.
     """
     flags = "-x c++ -std=c++17 -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
     source = Path(__file__).with_name("kernel.cu")
@@ -1056,14 +1073,14 @@ def dequantize(library, packed, out):
 
 
 def dequantize_plain(packed, out):
-    """The same in PyTorch, where nothing can be compiled.
+    """The same in PyTorch, for machines without a C++ compiler.
 
-    The codes 0, 1, 2 inverted are 11, 10, 01. As the two top bits of a float (sign, highest exponent bit) these are
-    -2, -0 and 2: so each field of a byte is moved to the top of a word, and the other bits are cleared.
+    A field of a byte is 0, 1 or 2. Inverted it is 11, 10 or 01 in binary. As the two top bits of a float (the sign and
+    the highest exponent bit) these are -2, -0 and 2. So each field moves to the top of a word, and the rest is cleared.
     """
     if out.element_size() == 2:
         word = torch.int16
-        top_bits = -0x4000  # 0xC000 as a signed number
+        top_bits = -0x4000  # 0xC000: torch's integers are signed
     else:
         word = torch.int32
         top_bits = -0x40000000  # 0xC0000000
@@ -1097,9 +1114,9 @@ def linear_in_blocks(x, weight, alphas, bias):
         w = quarters.flatten(0, 1)  # (4 * block_rows, K)
         b = None if bias is None else bias.view(4, n)[:, first : first + block_rows].flatten()
         if x.dtype == torch.float32:
-            out = F.linear(x, w.mul_(half_alpha), b)  # alpha scales the weight, as in TernaryLinear: the same bits
+            out = F.linear(x, w.mul_(half_alpha), b)  # exactly what TernaryLinear computes
         elif b is None:
-            out = torch.addmm(x.new_empty(len(w)), x, w.t(), beta=0, alpha=half_alpha)  # alpha costs nothing here
+            out = torch.addmm(x.new_empty(len(w)), x, w.t(), beta=0, alpha=half_alpha)  # alpha costs nothing in addmm
         else:
             out = torch.addmm(b, x, w.t(), alpha=half_alpha)
         if y is None:

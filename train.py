@@ -61,13 +61,16 @@ class TrainConfig:
     full_precision: bool = False  # no ternary weights: the paper's baseline
     no_adaln_norm: bool = False  # the paper's ablation
 
+    qk_norm: bool | None = None  # LayerNorm on q and k; None: on for the paper's sizes, trained from scratch
+
     batch: int = 256  # images a step, of all processes together
-    micro_batch: int | None = None  # images at a time within a step; None: all, 32 above 200M parameters
-    steps: int = 1_750_000  # of 256 images: the paper's 448M images at 600M
-    lr: float = 1e-4
+    micro_batch: int | None = None  # images at a time within a step; None: as many as fit in memory
+    steps: int = 1_750_000
+    lr: float = 1e-4  # Large-DiT's; nobody has verified it for ternary weights at these sizes
     warmup: int = 1000  # steps
     betas: tuple = (0.9, 0.999)
     decay: float = 0.0  # weight decay of the blocks' matrices
+    decay_until: float = 0.5  # share of the steps after which there is none (two stages, as in BitNet b1.58's notes)
     ema: float = 0.9999  # what is exported is an average of the weights
     seed: int = 0
 
@@ -82,7 +85,9 @@ class TrainConfig:
     dtype: str | None = None  # of matmuls; None: bf16 where the hardware has it
 
 
-PAPER = TrainConfig()
+PAPER = TrainConfig()  # 600M: 448M images. The paper gives no batch; 256 is our reading, 875,000 steps of 512 fits as well
+PAPER_LARGE = TrainConfig(batch=512, steps=1_180_000)  # 4.2B: 604M images, as the released 3B_1180000 has it
+PAPER_LARGE_512 = TrainConfig(batch=512, steps=1_360_000)  # 4.2B at 512 pixels: 696M images, inferred from the paper's
 DEMO = TrainConfig(  # tiny and small, tuned for minutes on two cores
     image_size=24,
     batch=16,
@@ -91,8 +96,19 @@ DEMO = TrainConfig(  # tiny and small, tuned for minutes on two cores
     warmup=50,
     betas=(0.9, 0.99),
     decay=0.3,  # keeps latent weights small, so that codes go on flipping: see make_optimizer
+    decay_until=1.0,
     ema=0.995,
 )
+
+
+def recipe_of(model_config, image_size):
+    """What a model of this size is trained with where the command does not say."""
+    if model_config.prediction == "v":  # tiny, small, and what was trained like them
+        return DEMO
+    if model_config.dim < SIZES["4.2B"]["dim"]:
+        return PAPER
+    return PAPER_LARGE_512 if image_size == 512 else PAPER_LARGE
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the embedded digits in memory, or a memory-mapped cache of images or latents
@@ -150,7 +166,7 @@ def digits(n, size=24, seed=0):
     images = np.empty((n, size, size, 3), np.float32)
     for i in range(n):
         images[i] = draw_digit(labels[i], size, rng)
-    return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, torch.from_numpy(labels)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).mul_(2).sub_(1), torch.from_numpy(labels)
 
 
 def load_image(path, size):
@@ -327,9 +343,9 @@ class Data(NamedTuple):
 
 def embedded_data(cfg):
     """The digits: 12,000 to learn from, 256 others held out."""
-    x, labels = digits(12000, cfg.image_size, cfg.seed)
+    x, labels = digits(N_DIGITS, cfg.image_size, cfg.seed)
     held_out = digits(256, cfg.image_size, cfg.seed + 1)
-    x = ((x + 1) * 127.5).round().byte()[:, None].numpy()
+    x = x.add_(1).mul_(127.5).round_().byte()[:, None].numpy()  # in place, to spare memory
     images = Images(x, labels.numpy(), dict(class_names=[str(i) for i in range(10)]))
     return Data(images, mirror=False, train_index=torch.arange(len(x)), held_out=held_out)
 
@@ -488,9 +504,9 @@ def make_optimizer(model, cfg):
         else:
             others.append(p)
     groups = [
-        dict(params=others, lr_scale=1.0, weight_decay=0.0),
-        dict(params=matrices, lr_scale=1.0, weight_decay=cfg.decay),
-        dict(params=alphas, lr_scale=0.2, weight_decay=0.0),
+        dict(params=others, lr_scale=1.0, decayed=False, weight_decay=0.0),
+        dict(params=matrices, lr_scale=1.0, decayed=True, weight_decay=cfg.decay),
+        dict(params=alphas, lr_scale=0.2, decayed=False, weight_decay=0.0),
     ]
     groups = [group for group in groups if group["params"]]  # full precision has no alphas
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
@@ -503,9 +519,14 @@ def learning_rate(cfg, step):
     return cfg.lr * warmup * cosine
 
 
-def set_learning_rate(optimizer, lr):
+def set_learning_rate(optimizer, cfg, step):
+    """The rate of this step, and whether its matrices are decayed -> the rate"""
+    lr = learning_rate(cfg, step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+        if group["decayed"]:
+            group["weight_decay"] = cfg.decay if step < cfg.decay_until * cfg.steps else 0.0
+    return lr
 
 
 def training_flops(config):
@@ -540,6 +561,91 @@ def can_compile(device):
     except Exception as e:
         print(f"--compile does not work here ({first_line(e)[:100]}): training without it, slower")
         return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory: what a run will need, and how many images at a time fit
+
+N_DIGITS = 12000  # embedded images to learn from
+
+
+def block_activation_bytes(config, dtype, device):
+    """What a block keeps of one image for its backward pass, by formula: bytes a token, times tokens."""
+    size = 2 if dtype == "bf16" else 4
+    residuals = 4 * 4 * config.dim  # fp32: what goes into and comes out of the two norms
+    copies_of_inputs = 5 if dtype == "bf16" else 2  # autocast casts for each of wq, wk, wv, w1 and w3 anew
+    inputs = copies_of_inputs * size * config.dim
+    attention = 6 * size * config.dim  # q, k, v, wo's input, both outputs before their gates
+    ffn = 4 * size * config.ffn_dim  # w1's output, its silu, w3's output, w2's input
+    softmax = 0
+    if device == "cpu":  # softmax_attention keeps (heads, T, T) in fp32, and in bf16 for the product with v
+        softmax = config.n_heads * config.n_tokens * (6 if dtype == "bf16" else 4)
+    return config.n_tokens * (residuals + inputs + attention + ffn + softmax)
+
+
+def memory_needed(config, cfg, world):
+    """-> bytes that a process will hold whatever the micro-batch, and bytes more for each of its images."""
+    with torch.device("meta"):
+        model = DiT(config)
+    n_params = sum(p.numel() for p in model.parameters())
+    block_params = sum(p.numel() for p in model.layers[0].parameters())
+    kept_blocks = 1 if cfg.checkpointing else config.n_layers
+    block_activations = block_activation_bytes(config, cfg.dtype, cfg.device)
+
+    fixed = 20 * n_params / world  # fp32: weights, gradients, AdamW's two moments, averaged weights
+    # Weights as the matmuls take them: they are kept for the backward pass, and are not sharded.
+    fixed += kept_blocks * block_params * (2 if cfg.dtype == "bf16" else 4)
+    if world > 1:
+        fixed += 3 * 4 * block_params  # whole in fp32: the block that computes, the next one, a block's gradients
+    if not cfg.data:
+        fixed += N_DIGITS * 3 * cfg.image_size**2 * 5  # drawn in fp32, kept in uint8
+    fixed += 0.2e9  # torch's own
+    per_image = (kept_blocks + 1) * block_activations  # one more for what the backward pass of a block makes
+    if cfg.checkpointing:
+        per_image += config.n_layers * config.n_tokens * config.dim * 4  # what goes into each block
+    return fixed, per_image
+
+
+def free_memory(device):
+    """Bytes that this process can still take: of the GPU, or of the machine and its container."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # macOS: all that there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+    container = Path("/sys/fs/cgroup")
+    limit = container / "memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((container / "memory.current").read_text())
+        cache = int((container / "memory.stat").read_text().split("inactive_file")[1].split()[0])  # can be dropped
+        free = min(free, int(limit.read_text()) - used + cache)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def choose_micro_batch(config, cfg, world):
+    """cfg.micro_batch, or the most images at a time, up to 32, that fit in memory. ValueError if not even one does.
+
+    It changes memory and speed, and of the numbers only the order of additions. On a CPU it is kept below 4 TFLOP, some
+    seconds, so that the progress line moves.
+    """
+    fixed, per_image = memory_needed(config, cfg, world)
+    free = free_memory(cfg.device)
+    share = cfg.batch // world
+    candidates = [n for n in (32, 16, 8, 4, 2, 1, share) if n <= min(32, share)]
+    if cfg.device == "cpu":
+        candidates = [n for n in candidates if n == 1 or n * training_flops(config) < 4e12]
+    fitting = [n for n in candidates if fixed + n * per_image < free]
+    micro_batch = cfg.micro_batch or max(fitting, default=1)
+    needed = fixed + micro_batch * per_image
+    sizes = f"{needed / 1e9:.1f} GB for {micro_batch} images at a time, {free / 1e9:.1f} GB are free"
+    if not fitting and not cfg.micro_batch:
+        cures = ["more GPUs (torchrun)", "a smaller --size"]
+        if not cfg.checkpointing:
+            cures.insert(0, "--checkpointing")
+        raise ValueError(f"this run needs {sizes}. Try {', '.join(cures)}; --micro-batch 1 tries it all the same")
+    print(f"memory: {sizes}{'' if needed < free else ': it may not fit'}", flush=True)
+    return micro_batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -764,14 +870,15 @@ def training_losses(run, model, batch):
         return run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise)
 
 
-def train_step(run, batch):
-    """One update of the weights and of their average -> StepStats."""
+def train_step(run, batch, show_part=None):
+    """One update of the weights and of their average -> StepStats. show_part(images done) is called as they are."""
     cfg = run.cfg
     world = ranks()[1]
     loss = torch.zeros((), device=cfg.device, dtype=torch.float64)
     mse_sum = torch.zeros(4, device=cfg.device, dtype=torch.float64)
     mse_count = torch.zeros(4, device=cfg.device, dtype=torch.float64)
     alphas_cumprod = torch.from_numpy(run.diffusion.alphas_cumprod).to(cfg.device)
+    n_done = 0
     # Gradients add up over micro-batches, which bounds the memory of activations.
     for part in batch.split(cfg.micro_batch, cfg.device):
         terms = training_losses(run, run.model, part)
@@ -783,6 +890,9 @@ def train_step(run, batch):
             mse = mse * alphas_cumprod[part.t]  # v's error -> the noise's
         mse_sum.index_add_(0, part.t // 250, mse)
         mse_count.index_add_(0, part.t // 250, torch.ones_like(mse))
+        n_done += len(part.t)
+        if show_part:
+            show_part(n_done)
     grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)).item()
     for sum_of_mine in (loss, mse_sum, mse_count):
         all_sum(sum_of_mine)
@@ -835,6 +945,14 @@ def sample_codes(model):
     return torch.cat(codes)
 
 
+def duration(seconds):
+    """0:03:31, 12 days, or 171 years."""
+    days = seconds / 86400
+    if days < 2:
+        return str(timedelta(seconds=int(seconds)))
+    return f"{days:,.0f} days" if days < 700 else f"{days / 365:,.0f} years"
+
+
 class Log:
     """log.csv and the line on the terminal. A row every ten steps; rows past a resumed step go: it reads as one run.
 
@@ -852,8 +970,9 @@ class Log:
         self.tflop_per_image = training_flops(run.model.config) / 1e12
         self.codes = sample_codes(run.model) if run.model.config.ternary else None
         self.first_step = run.step
-        self.start = time.time()
-        self.shown = 0.0  # when the terminal was last written to
+        self.start = time.time()  # of the first step; then of the second, for the first one compiles
+        self.step_start = self.start
+        self.shown = self.start  # when the terminal was last written to
         self.stats = []  # of the steps since the last row
 
     def open_csv(self, path):
@@ -868,7 +987,7 @@ class Log:
         return open(path, "a", buffering=1)
 
     def steps_per_second(self):
-        return (self.run.step - self.first_step) / (time.time() - self.start)
+        return max(1, self.run.step - self.first_step) / (time.time() - self.start)
 
     @contextmanager
     def paused_clock(self):
@@ -880,23 +999,39 @@ class Log:
     def mean_loss(self):
         return sum(stats.loss for stats in self.stats) / len(self.stats)
 
-    def add(self, stats, lr):
-        """Note a step. The terminal shows one line that changes, a file a line every 15 seconds."""
-        self.stats.append(stats)
-        run = self.run
+    def show(self, line, at_once=False):
+        """The terminal shows one line that changes, twice a second; a file gets a line every 15 seconds."""
         live = sys.stdout.isatty()
-        is_last = run.step == run.cfg.steps
-        if time.time() - self.shown < (0.5 if live else 15) and not is_last:
+        if time.time() - self.shown < (0.5 if live else 15) and not at_once:
             return
         self.shown = time.time()
-        rate = self.steps_per_second()
-        time_left = timedelta(seconds=int((run.cfg.steps - run.step) / rate))
-        line = (f"step {run.step}/{run.cfg.steps}  loss {self.mean_loss():.4f}  grad {stats.grad_norm:.2f}  "
-                f"lr {lr:.1e}  {rate * run.cfg.batch:.3g} images/s  ETA {time_left}   ")  # fmt: skip
         if live:
-            print("\r" + line, end="", flush=True)
+            print(f"\r{line:<100}", end="", flush=True)
         else:
             print(line, flush=True)
+
+    def show_part(self, n_done):
+        """In the middle of a step, which may take minutes."""
+        run = self.run
+        share = run.cfg.batch // ranks()[1]
+        seconds_an_image = (time.time() - self.step_start) / n_done
+        time_left = ((run.cfg.steps - run.step) * share - n_done) * seconds_an_image
+        self.show(f"step {run.step + 1}/{run.cfg.steps}: {n_done} of {share} images, {seconds_an_image:.2f} s an image, "
+                  f"ETA {duration(time_left)}")  # fmt: skip
+
+    def add(self, stats, lr):
+        """Note a step."""
+        run = self.run
+        self.stats.append(stats)
+        rate = self.steps_per_second()
+        time_left = (run.cfg.steps - run.step) / rate
+        self.show(f"step {run.step}/{run.cfg.steps}  loss {self.mean_loss():.4f}  grad {stats.grad_norm:.2f}  "
+                  f"lr {lr:.1e}  {rate * run.cfg.batch:.3g} images/s  ETA {duration(time_left)}",
+                  at_once=run.step == run.cfg.steps)  # fmt: skip
+        self.step_start = time.time()
+        if run.step == self.first_step + 1 and run.step < run.cfg.steps:
+            self.first_step = run.step
+            self.start = self.step_start
 
     def write_row(self, lr, val_loss=None):
         run = self.run
@@ -965,10 +1100,15 @@ def parse_args(argv=None):
     flag("--data", help="folder with a subfolder of images for each class, or a cache; default: the embedded digits")
     flag("--vae", help="train on the latents of this VAE, a diffusers model or folder; made once, in OUT/latents-*")
     flag("--image-size", type=positive, help="pixels; default 24 for tiny and small, 256 with --vae, else 32")
-    flag("--batch", type=positive, help="images a step, of all processes; default 16 for tiny and small, else 256")
-    flag("--micro-batch", type=positive, help="images at a time within a step; default all, 32 at 600M and up")
-    flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, else {PAPER.steps:,}")
+    flag("--batch", type=positive, help="images a step, of all processes; default 16 for tiny and small, 512 for 4.2B, else 256")
+    flag("--micro-batch", type=positive, help="images at a time within a step; default up to 32, as many as fit in memory")
+    flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, {PAPER.steps:,} up to 600M, "
+         f"at 4.2B {PAPER_LARGE.steps:,} ({PAPER_LARGE_512.steps:,} at 512 pixels)")
     flag("--lr", type=float, help="default 4e-3 for tiny and small, else 1e-4")
+    flag("--decay", type=float, help="weight decay of the blocks' matrices; default 0.3 for tiny and small, else 0; above "
+         "these sizes for the first half of the steps")
+    flag("--qk-norm", action=argparse.BooleanOptionalAction, help="LayerNorm on queries and keys, which makes bf16 stable; "
+         "default on for S and larger, if trained from scratch")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="run folder; default runs/SIZE")
     flag("--init", metavar="CKPT", help="start from a packed.pt, a state folder of your own or a released folder")
@@ -988,6 +1128,8 @@ def parse_args(argv=None):
     check_common(parser, flags)
     if flags.lr is not None and not flags.lr > 0:
         parser.error(f"argument --lr: got {flags.lr}, expected a number above 0")
+    if flags.decay is not None and not 0 <= flags.decay < 100:
+        parser.error(f"argument --decay: got {flags.decay}, expected 0 or more")
     if flags.vae and not flags.data:
         parser.error("argument --vae: needs --data")
     if flags.grid is not None and flags.grid < 0:
@@ -1147,9 +1289,8 @@ def main(argv=None):
     while run.step < cfg.steps and not stop.requested:
         stop.look()  # before the step, so that all processes end after the same one
         batch = run.next_batch()  # a function of (seed, step)
-        lr = learning_rate(cfg, run.step)
-        set_learning_rate(run.optimizer, lr)
-        stats = train_step(run, batch)
+        lr = set_learning_rate(run.optimizer, cfg, run.step)
+        stats = train_step(run, batch, log.show_part)
 
         is_last = run.step == cfg.steps
         saving = run.step % cfg.save_every == 0 or is_last
