@@ -35,7 +35,7 @@ template <typename Word> void widen(const uint8_t* W, Word* out, long n) {
     out[i] = w & MASK, out[n + i] = w << 2 & MASK, out[2 * n + i] = w << 4 & MASK, out[3 * n + i] = w << 6 & MASK;
   }
 }
-extern "C" void widen(const uint8_t* W, void* out, long n, int size) {
+extern "C" void dequantize(const uint8_t* W, void* out, long n, int size) {
   size == 2 ? widen(W, (uint16_t*)out, n) : widen(W, (uint32_t*)out, n);
 }
 
