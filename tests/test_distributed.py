@@ -18,22 +18,21 @@ import terdit
 import train
 
 terdit.SIZES["tiny"] |= dict(dim=40, n_layers=2, n_heads=2, multiple_of=20)
-train.DEMO["warmup"] = 1
+train.DEMO.warmup = 1
 digits = train.digits
-all_sum = train.all_sum
+train_step = train.train_step
 
 def few_digits(n, size, seed):
     return digits(100, size, seed)
 
-def print_loss(x):
-    all_sum(x)
-    if len(x) == 11:
-        print("loss", x[1].item())
-    return x
+def train_step_that_prints(run, batch):
+    stats = train_step(run, batch)
+    print("loss", stats.loss)
+    return stats
 
 train.digits = few_digits
-train.all_sum = print_loss
-train.run(train.main)
+train.train_step = train_step_that_prints
+train.run_main(train.main)
 """
 FLAGS = "--batch 12 --image-size 8 --grid 4 --sample-every 7 --dtype fp32 --lr 2e-3 --device cpu".split()
 

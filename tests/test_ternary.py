@@ -1,10 +1,9 @@
-"""Ternary weights and their packing: examples by hand, gradients, and the fast paths against the plain ones."""
+"""Ternary weights and their packing: examples by hand, gradients, and the fast layers against the plain ones."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from terdit import Config, DiT, PackedTernaryLinear, TernaryLinear
+from terdit import Config, DiT, FastPackedTernaryLinear, FastTernaryLinear, PackedTernaryLinear, TernaryLinear
 from terdit import check_packed, pack_model, pack_ternary, ternarize, unpack_ternary
 from tests.helpers import SMALL, awake
 
@@ -42,18 +41,22 @@ def test_ternarize_leaves_the_weight_alone():
 
 # The layer ------------------------------------------------------------------------------------------------------------
 
-
-def plain(x, layer):
-    """The textbook form of TernaryLinear, which the fast one must equal."""
-    return F.linear(x, ternarize(layer.weight) * layer.alphas, layer.bias)
+LAYERS = [TernaryLinear, FastTernaryLinear]
 
 
-def make_layer(in_features, out_features, alpha):
-    layer = TernaryLinear(in_features, out_features, bias=True)
+def make_layer(kind, in_features, out_features, alpha):
+    layer = kind(in_features, out_features, bias=True)
     torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
     torch.nn.init.constant_(layer.alphas, alpha)
     return layer
+
+
+def twin(layer, kind):
+    """A layer of another class with the same weights."""
+    copy = kind(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None)
+    copy.load_state_dict(layer.state_dict())
+    return copy
 
 
 def assert_near(got, want, tol):
@@ -63,19 +66,19 @@ def assert_near(got, want, tol):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("alpha", [0.07, -0.3])
 def test_fast_layer_equals_plain(autocast, alpha):
-    layer = make_layer(48, 24, alpha)
+    plain = make_layer(TernaryLinear, 48, 24, alpha)
+    fast = twin(plain, FastTernaryLinear)
     x = torch.randn(3, 7, 48)
 
-    def outputs_and_gradients(forward):
-        layer.zero_grad()
+    def outputs_and_gradients(layer):
         z = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = forward(z)
+            y = layer(z)
         y.float().square().sum().backward()
         return dict(y=y, x=z.grad, weight=layer.weight.grad, bias=layer.bias.grad, alphas=layer.alphas.grad)
 
-    got = outputs_and_gradients(layer)
-    want = outputs_and_gradients(lambda z: plain(z, layer))
+    got = outputs_and_gradients(fast)
+    want = outputs_and_gradients(plain)
     assert torch.equal(got["y"], want["y"])  # the forward gives the same bits
     if autocast:
         # bf16 rounds the products that alpha's gradient sums up: 2^-8, and more where they cancel.
@@ -87,29 +90,30 @@ def test_fast_layer_equals_plain(autocast, alpha):
 
 
 def test_fast_gradients_add_up():
-    """The fast backward scales a gradient in place. No one else may see that.
+    """The fast backward pass scales a gradient in place, and nobody else may see that.
 
-    So it must be right for a layer that is used twice, for a second backward, and for a second derivative.
+    So we check a layer that is used twice, a second backward pass, and a second derivative.
     """
-    layer = TernaryLinear(24, 24)
+    plain = TernaryLinear(24, 24)
+    fast = twin(plain, FastTernaryLinear)
     x = torch.randn(5, 24)
 
-    def gradients(forward):
-        layer.zero_grad()
-        loss = forward(forward(x)).square().sum()
+    def gradients(layer):
+        loss = layer(layer(x)).square().sum()
         loss.backward(retain_graph=True)
         loss.backward()
-        loss = forward(x).square().sum()
+        loss = layer(x).square().sum()
         _, alpha_grad = torch.autograd.grad(loss, [layer.weight, layer.alphas], create_graph=True)
         (second,) = torch.autograd.grad(alpha_grad.sum(), layer.alphas)
         return layer.weight.grad, layer.alphas.grad, second
 
-    for got, want in zip(gradients(layer), gradients(lambda z: plain(z, layer))):
+    for got, want in zip(gradients(fast), gradients(plain)):
         assert_near(got, want, 1e-5)
 
 
-def test_alpha_gradient_by_finite_differences():
-    layer = make_layer(16, 8, alpha=0.4).double()
+@pytest.mark.parametrize("kind", LAYERS)
+def test_alpha_gradient_by_finite_differences(kind):
+    layer = make_layer(kind, 16, 8, alpha=0.4).double()
     x = torch.randn(4, 16).double()
     layer(x).square().sum().backward()
 
@@ -123,8 +127,9 @@ def test_alpha_gradient_by_finite_differences():
     assert layer.alphas.grad.item() == pytest.approx(slope, rel=1e-5)
 
 
-def test_zero_alpha_has_finite_gradients():
-    layer = make_layer(8, 8, alpha=0.0)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_zero_alpha_has_finite_gradients(kind):
+    layer = make_layer(kind, 8, 8, alpha=0.0)
     layer(torch.randn(2, 8)).sum().backward()
     for p in layer.parameters():
         assert p.grad.isfinite().all()
@@ -176,6 +181,19 @@ def test_every_byte_without_code_3_passes_and_every_other_is_found():
             check_packed(packed)
             passed += 1
     assert passed == 3**4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_layers_give_the_bits_of_the_ternary_layer(bias):
+    ternary = TernaryLinear(48, 24, bias=bias)
+    state = ternary.state_dict()
+    state["weight"] = pack_ternary(ternarize(ternary.weight))
+    x = torch.randn(3, 7, 48)
+    for kind in (PackedTernaryLinear, FastPackedTernaryLinear):
+        packed = kind(48, 24, bias=bias)
+        packed.load_state_dict(state)
+        assert torch.equal(packed(x), ternary(x)), kind
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Training: the data, determinism, resume to the bit, fine-tuning, and what is refused."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import terdit
 import train
@@ -17,6 +17,7 @@ from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear
 from terdit import load_model, pack_model, ternarize, unpack_ternary
 from tests.bench_faults import Faults
 from tests.helpers import RELEASED, load_run, read_log, run, same, save_image, short_training, weights  # noqa: F401
+from train import TrainConfig
 
 
 def model_of(state, kind):
@@ -51,40 +52,36 @@ def test_digits_are_a_function_of_the_seed():
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-def batch_arguments(batch, seed=0):
-    return train.parse_args(["--batch", str(batch), "--seed", str(seed)])
-
-
 def plain_data(values, labels):
     """A data set of one-coloured 2x2 images, none of them held out or mirrored."""
     pixels = np.broadcast_to(np.asarray(values, np.uint8).reshape(-1, 1, 1, 1, 1), (len(values), 1, 3, 2, 2))
     images = train.Images(pixels, np.asarray(labels), {})
-    return images, False, torch.arange(len(values)), None
+    return train.Data(images, mirror=False, train_index=torch.arange(len(values)), held_out=None)
 
 
 def test_each_image_is_seen_once_an_epoch():
     data = plain_data(values=range(20), labels=range(20))
     config = Config(num_classes=20, class_dropout_prob=0.0)
-    args = batch_arguments(batch=7, seed=5)
+    cfg = TrainConfig(batch=7, seed=5)
 
     def draw(step):
-        return train.draw_batch(data, config, args, GaussianDiffusion(), step)
+        return train.draw_batch(data, config, cfg, GaussianDiffusion(), step)
 
-    labels = torch.cat([draw(step)[2] for step in range(20)])  # 20 steps of 7 images are 7 epochs of 20
+    labels = torch.cat([draw(step).y for step in range(20)])  # 20 steps of 7 images are 7 epochs of 20
     for epoch in labels.view(7, 20):
         assert epoch.sort().values.tolist() == list(range(20))
     assert not torch.equal(labels[:20], labels[20:40])  # in another order
 
-    x0, _, y, _ = draw(3)
-    assert ((x0[:, 0, 0, 0] + 1) * 127.5).round().long().equal(y)  # images and labels belong together
-    assert same(draw(3), draw(3))
+    batch = draw(3)
+    assert ((batch.x0[:, 0, 0, 0] + 1) * 127.5).round().long().equal(batch.y)  # images and labels belong together
+    assert same(draw(3), batch)
 
 
 def test_labels_are_dropped_at_their_rate():
     data = plain_data(values=[0] * 1000, labels=[0] * 1000)
     config = Config(num_classes=1, class_dropout_prob=0.1)
-    _, _, y, _ = train.draw_batch(data, config, batch_arguments(batch=1000), GaussianDiffusion(), 0)
-    assert 60 < (y == 1).sum() < 140  # 100 are expected, and 40 is 4 sigma
+    batch = train.draw_batch(data, config, TrainConfig(batch=1000), GaussianDiffusion(), 0)
+    assert 60 < (batch.y == 1).sum() < 140  # 100 are expected, and 40 is 4 sigma
 
 
 def test_half_of_the_photos_are_mirrored(tmp_path):
@@ -94,9 +91,9 @@ def test_half_of_the_photos_are_mirrored(tmp_path):
     for i in range(2):
         Image.fromarray(pixels).save(tmp_path / f"data/a/{i}.png")
     data = load_folder(tmp_path / "data", 8)
-    x0, *_ = train.draw_batch(data, Config(**SIZES["tiny"]), batch_arguments(batch=400), GaussianDiffusion(), 0)
-    left = x0[:, 0, 0, 0]
-    right = x0[:, 0, 0, -1]
+    batch = train.draw_batch(data, Config(**SIZES["tiny"]), TrainConfig(batch=400), GaussianDiffusion(), 0)
+    left = batch.x0[:, 0, 0, 0]
+    right = batch.x0[:, 0, 0, -1]
     assert torch.equal(left, -right)
     assert 0.4 < (left > 0).double().mean() < 0.6
 
@@ -123,9 +120,7 @@ def test_timesteps_of_v_tend_to_high_noise():
 
 
 def load_folder(folder, size):
-    args = train.parse_args(["--data", str(folder), "--image-size", str(size)])
-    args.out = folder.parent
-    return train.load_data(args)
+    return train.load_data(TrainConfig(data=str(folder), image_size=size, out=folder.parent))
 
 
 @pytest.fixture
@@ -152,10 +147,10 @@ def photos(tmp_path):
 
 
 def test_every_format_is_read(photos):
-    images, _, index, _ = load_folder(photos, 16)
-    x0, labels = images[index, torch.zeros(8, dtype=torch.bool)]
+    data = load_folder(photos, 16)
+    x0, labels = data.images[data.train_index, torch.zeros(8, dtype=torch.bool)]
     assert x0.shape == (8, 3, 16, 16)
-    assert images.header["class_names"] == ["apple", "pear"]
+    assert data.images.header["class_names"] == ["apple", "pear"]
     assert labels.tolist() == [0] * 5 + [1] * 3
     # The apples, in the order of their names.
     deep, grey, _, pixel, rgb = ((x0.double().mean((2, 3)) + 1) * 127.5).round()[:5].tolist()
@@ -167,10 +162,10 @@ def test_every_format_is_read(photos):
 
 
 def test_images_of_folders_may_be_mirrored(photos):
-    images, mirror, index, _ = load_folder(photos, 16)
-    assert mirror
-    plain, _ = images[index, torch.zeros(8, dtype=torch.bool)]
-    mirrored, _ = images[index, torch.ones(8, dtype=torch.bool)]
+    data = load_folder(photos, 16)
+    assert data.mirror
+    plain, _ = data.images[data.train_index, torch.zeros(8, dtype=torch.bool)]
+    mirrored, _ = data.images[data.train_index, torch.ones(8, dtype=torch.bool)]
     assert torch.equal(mirrored, plain.flip(-1))
 
 
@@ -247,7 +242,7 @@ def test_the_cache_of_other_photos_is_refused(tmp_path):
 
 def test_optimizer_has_every_parameter_once():
     model = DiT(Config(**SIZES["tiny"]))
-    groups = train.make_optimizer(model, 1e-3, (0.9, 0.99), 0.3).param_groups
+    groups = train.make_optimizer(model, TrainConfig(decay=0.3)).param_groups
     in_groups = [id(p) for group in groups for p in group["params"]]
     assert sorted(in_groups) == sorted(id(p) for p in model.parameters())
 
@@ -255,9 +250,9 @@ def test_optimizer_has_every_parameter_once():
 def test_optimizer_decays_matrices_of_blocks_and_slows_alphas():
     model = DiT(Config(**SIZES["tiny"]))
     scale_and_decay = {}
-    for group in train.make_optimizer(model, 1e-3, (0.9, 0.99), 0.3).param_groups:
+    for group in train.make_optimizer(model, TrainConfig(decay=0.3)).param_groups:
         for p in group["params"]:
-            scale_and_decay[p] = (group["scale"], group["weight_decay"])
+            scale_and_decay[p] = (group["lr_scale"], group["weight_decay"])
     block = model.layers[1]
     adaln = block.adaLN_modulation[1]
     assert scale_and_decay[block.attention.wq.alphas] == (0.2, 0)
@@ -287,7 +282,7 @@ def test_the_loss_falls_and_files_appear(tmp_path, capsys):
 
     config = load_model(tmp_path / "packed.pt").config
     assert config.class_names == list("0123456789")
-    teraflop_an_image = train.flops_an_image(config) / 1e12
+    teraflop_an_image = train.training_flops(config) / 1e12
     for row in log:
         assert row["tflops"] == pytest.approx(row["images_per_s"] * teraflop_an_image, rel=1e-4)
 
@@ -325,34 +320,21 @@ def test_a_compiler_that_fails_is_told(monkeypatch, capsys):
     assert "(no compiler): training without it" in capsys.readouterr().out
 
 
-def test_plan(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    train.main(["--size", "4.2B", "--plan", "--gpus", "8", "--checkpointing"])
-    shown = capsys.readouterr().out
-    rows = {line[:38].strip(): float(line.split()[-2]) for line in shown.splitlines()[1:-1]}
-    assert "4,238.0M parameters; batch 256 on 8 GPU" in shown
-    assert os.listdir(tmp_path) == []
-    assert rows["weights"] == 2.12  # 4 bytes of 4.238e9 over 8
-    assert rows["optimizer"] == 4.24  # 8 bytes
-    assert rows["in all"] == pytest.approx(sum(v for k, v in rows.items() if k != "in all"), abs=0.05)
-    # By hand: 32 layers, 256 tokens, 4 square matrices and 3 of 3072 x 8192, 2 FLOP a weight, three passes.
-    by_hand = 3 * 32 * 256 * 2 * (4 * 3072**2 + 3 * 3072 * 8192) / 1e12
-    assert by_hand < float(shown.splitlines()[-1].split()[0]) < 1.05 * by_hand
+@pytest.mark.parametrize("change", [{}, dict(ternary=False, adaln_norm=False), dict(learn_sigma=True, patch_size=2)])
+def test_training_flops_are_what_torch_counts(change):
+    """A forward pass as torch counts it, and twice as much for the backward pass."""
+    config = Config(**SIZES["tiny"] | change)
+    x = torch.randn(1, config.in_channels, config.input_size, config.input_size)
+    with FlopCounterMode(display=False) as counter:
+        DiT(config)(x, torch.tensor([0]), torch.tensor([0]))
+    assert train.training_flops(config) == 3 * counter.get_total_flops()
 
 
-def test_plan_of_a_cache_is_of_what_it_holds(tmp_path, capsys):
-    cache = tmp_path / "latents-256"
-    cache.mkdir()
-    np.save(cache / "x.npy", np.zeros((1, 2, 4, 32, 32), np.float16))
-    np.save(cache / "labels.npy", np.zeros(1, np.int64))
-    header = dict(format=train.CACHE, image_size=256, vae="v", latent_scale=1.0)
-    header |= dict(class_names=["a"], source="x", files=[])
-    (cache / "header.json").write_text(json.dumps(header))
-    plans = []
-    for flags in (["--data", str(cache)], ["--data", "x", "--vae", "v"]):
-        train.main(["--size", "600M", "--plan", "--gpus", "1", *flags])
-        plans.append(capsys.readouterr().out)
-    assert plans[0] == plans[1]
+def test_training_flops_by_hand():
+    # The 4.2B model: 32 layers, 256 tokens, 4 matrices of 3072 x 3072 and 3 of 3072 x 8192, 2 FLOP a weight, three
+    # passes. Attention, adaLN and the embeddings are what is left.
+    matmuls = 3 * 32 * 256 * 2 * (4 * 3072**2 + 3 * 3072 * 8192)
+    assert matmuls < train.training_flops(Config(**SIZES["4.2B"])) < 1.05 * matmuls
 
 
 # Resume ---------------------------------------------------------------------------------------------------------------
@@ -401,10 +383,17 @@ def test_killed_runs_go_on_exactly(tmp_path):
     assert sum(r["kills"] for r in results) > 0
 
 
-def test_the_last_two_states_and_every_third_are_kept(tmp_path):
-    run(tmp_path, "--steps", 9, "--save-every", 2, "--keep-every", 3)
-    names = [path.name for path in train.states(tmp_path)]
-    assert names == ["state-0000003", "state-0000006", "state-0000008", "state-0000009"]
+def test_the_last_two_states_are_kept(tmp_path):
+    run(tmp_path, "--steps", 9, "--save-every", 2)
+    assert [path.name for path in train.states(tmp_path)] == ["state-0000008", "state-0000009"]
+
+
+def test_log_reads_as_one_run(tmp_path):
+    """A run that goes on from step 10 writes the rows after it anew."""
+    run(tmp_path, "--steps", 20, "--save-every", 10)
+    shutil.rmtree(tmp_path / "state-0000020")
+    run(tmp_path, "--steps", 20, "--save-every", 10)
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [10, 20]
 
 
 @pytest.mark.parametrize(
@@ -505,25 +494,27 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch, full_at):
     assert same(load_run(tmp_path)["tensors"], before)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def infinite(out):
+    return out * float("inf")
+
+
+def without_gradient(out):
+    return out + (0 * out).sqrt()  # the same values, but the slope of the root is infinite at 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (infinite, r"step 4: loss nan, gradient norm nan, not finite: stopped"),
+        (without_gradient, r"step 4: loss \d\.\d+, gradient norm nan, not finite: stopped"),
+    ],
+)
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, change, message):
     run(tmp_path, "--steps", 4)
     before = load_run(tmp_path)["tensors"]
     forward = terdit.FeedForward.forward
-    training_losses = GaussianDiffusion.training_losses
-
-    def infinite_forward(self, x):
-        return forward(self, x) * float("inf")
-
-    def nan_losses(*args):
-        return {name: value * float("nan") for name, value in training_losses(*args).items()}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(terdit.FeedForward, "forward", infinite_forward)
-        message = r"step 4: loss nan.*first in layers.0.feed_forward: .*state-0000004 holds"
-        with pytest.raises(ValueError, match=message):
-            run(tmp_path, "--steps", 9)
-    monkeypatch.setattr(GaussianDiffusion, "training_losses", nan_losses)
-    with pytest.raises(ValueError, match=r"step 4: loss nan.*the backward pass"):
+    monkeypatch.setattr(terdit.FeedForward, "forward", lambda self, x: change(forward(self, x)))
+    with pytest.raises(ValueError, match=message + r"; .*state-0000004 holds the last good state"):
         run(tmp_path, "--steps", 9)
     assert same(load_run(tmp_path)["tensors"], before)
 
@@ -540,7 +531,7 @@ def source(tmp_path):
 
 def build_from(path):
     config, state = train.read_init(path)
-    return train.build_model(train.parse_args(["--init", str(path)]), config, state)
+    return train.build_model(config, state)
 
 
 @pytest.mark.parametrize("name", ["packed.pt", "state-0000003"])
@@ -552,10 +543,8 @@ def test_init_keeps_codes_and_alphas(source, name):
 
 def test_init_from_full_precision_starts_alphas_at_mean_abs(tmp_path):
     run(tmp_path, "--steps", 3, "--full-precision")
-    path = tmp_path / "full.pt"
-    config, state = train.read_init(path)
-    args = train.parse_args(["--init", str(path)])
-    model = train.build_model(args, replace(config, ternary=True), state)
+    config, state = train.read_init(tmp_path / "full.pt")
+    model = train.build_model(replace(config, ternary=True), state)
     wq = model.layers[0].attention.wq
     assert wq.alphas.item() == pytest.approx(wq.weight.abs().mean().item())
 
