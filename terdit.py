@@ -624,9 +624,211 @@ def check_packed(packed, name="weight"):
         raise ValueError(f"{name}: holds code 3, but packed ternary weights use 0, 1 and 2: the bytes are damaged")
 
 
+SLOWLY = "unpack in plain PyTorch at every call, slower"
+
+
+@lru_cache(maxsize=None)
+def _announce(message):
+    warnings.warn(message, stacklevel=2)
+
+
+def first_line(e):
+    """What an exception says, in one line; its type where it says nothing."""
+    return str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+
+
+@lru_cache(maxsize=None)
+def cuda_kernel(device):
+    """kernel.cu as a ctypes library for `device`, compiled on first use, or None and a warning that names the reason.
+
+    It knows pointers and a stream but not torch, whose headers would make the build take a minute.
+    """
+    try:
+        from torch.utils.cpp_extension import load
+
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise RuntimeError(f"this GPU is sm_{major}{minor}, the kernels need sm_80 or later")
+        arch = f"{major}{minor}" + "a" * (major == 9)  # wgmma is in sm_90a alone, which torch's own flags leave out
+        warnings.warn(f"building kernel.cu for sm_{arch}: once, some seconds", stacklevel=2)
+        flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        source = Path(__file__).with_name("kernel.cu")
+        library = load(f"terdit_sm_{arch}", [str(source)], extra_cuda_cflags=flags, is_python_module=False)
+        return ctypes.CDLL(library)
+    except Exception as e:  # no nvcc, no compiler, no ninja, a driver that is too old, an edit that does not compile
+        _announce(f"kernel.cu is not used ({first_line(e)}): packed layers {SLOWLY}")
+        return None
+
+
+class KernelError(RuntimeError):
+    pass
+
+
+KERNELS = ("auto", "naive", "small_batch", "mma", "wgmma")  # in the order of kernel.cu's enum
+
+
+def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
+    """kernel.cu's ternary_linear: x (M, K) bf16 or fp16, weight (N/4, K) uint8 -> (M, N).
+
+    kernel: auto, naive, small_batch (M <= 16), mma or wgmma; tokens: of a CTA's tile, 0 for the best. The pointers are
+    raw, so everything is checked here: ValueError says what was got. KernelError is a launch that CUDA refuses.
+    """
+    (M, K), N = x.shape, 4 * len(weight)
+    if x.dtype not in (torch.bfloat16, torch.float16) or max(M, N, K) >= 1 << 31:
+        raise ValueError(f"kernel.cu takes x of bfloat16 or float16, below 2^31 rows, got {tuple(x.shape)} {x.dtype}")
+    for name, z, *want in (
+        ("weight", weight, (N // 4, K), torch.uint8, x.device),
+        ("alphas", alphas, (1,), torch.float32, x.device),
+        ("bias", bias, (N,), x.dtype, x.device),
+    ):
+        if z is not None and (got := [tuple(z.shape), z.dtype, z.device]) != want:
+            raise ValueError(f"{name} of {want} wanted for x of {tuple(x.shape)}, got {got}")
+    # Loads are 16 bytes wide: tensors that are strided or start at odd places are copied.
+    fits = lambda z: z is None or z.is_contiguous() and z.data_ptr() % 16 == 0
+    x, weight, bias = (z if fits(z) else z.clone(memory_format=torch.contiguous_format) for z in (x, weight, bias))
+    y = x.new_empty(M, N)
+    if M == 0:
+        return y
+    pointers = [ctypes.c_void_p(None if z is None else z.data_ptr()) for z in (x, weight, alphas, bias, y)]
+    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None)
+    choice = x.dtype == torch.bfloat16, KERNELS.index(kernel), tokens
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        error = library.ternary_linear(*pointers, M, N, K, *choice, stream)
+    if error:
+        wrong = ValueError if error == -1 else KernelError  # -1: kernel.cu's REFUSED
+        raise wrong(f"kernel.cu: error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}")
+    return y
+
+
+def forced_kernel():
+    """TERDIT_KERNEL=off|auto|naive|small_batch|mma|wgmma[:TOKENS], for experiments -> name, tokens."""
+    name, _, tokens = os.environ.get("TERDIT_KERNEL", "auto").partition(":")
+    if name not in (*KERNELS, "off") or not (tokens or "0").isdigit():
+        raise ValueError(f"TERDIT_KERNEL={name!r}, expected off, {', '.join(KERNELS)}, perhaps with :TOKENS")
+    return name, int(tokens or 0)
+
+
+def packed_path(device, dtype):
+    """How packed layers run there: "kernel" (kernel.cu), "blocks" (_linear_blocks) or "plain" (packed_linear_plain)."""
+    if forced_kernel()[0] == "off":
+        return "plain"
+    kind = torch.device(device).type
+    if kind == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return "blocks"
+    if kind == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "kernel" if cuda_kernel(device) else "plain"
+    _announce(f"no kernel for {dtype} on {kind}: packed layers {SLOWLY}")
+    return "plain"
+
+
 def packed_linear_plain(x, weight, alphas, bias):
     """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N): unpack, scale, multiply."""
     return F.linear(x, unpack_ternary(weight).to(x.dtype) * alphas.to(x.dtype), bias)
+
+
+class _Scratch(threading.local):
+    """Memory kept from call to call, each thread its own: fresh pages would cost as much as what is done in them."""
+
+    bytes = torch.empty(0, dtype=torch.uint8)
+
+    def get(self, size):
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+            # Having freed a block of 31 MB (none of it touched), glibc keeps what is freed later instead of handing it
+            # back: without this line a forward of 600M faults 80,000 pages in again, a quarter of its time.
+            torch.empty(31 << 20, dtype=torch.uint8)
+        return self.bytes[:size]
+
+
+_scratch = _Scratch()
+
+
+@lru_cache(maxsize=None)
+def cpu_kernel():
+    """The part of kernel.cu that is for CPUs, or None and a warning that says why.
+
+    Each process that needs it compiles it, which takes less than a second: there is nothing to cache.
+    """
+    flags = "-x c++ -std=c++17 -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, str(Path(__file__).with_name("kernel.cu")), "-o"]
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            command.append(f"{folder}/kernel.so")
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            return ctypes.CDLL(command[-1])
+    except Exception as e:  # no compiler, one without OpenMP, a folder from which nothing may be run
+        why = first_line(getattr(e, "stderr", None) or e)
+        _announce(f"kernel.cu's CPU part is not used ({why}): packed layers are widened by PyTorch, slower")
+        return None
+
+
+def widen(library, packed, out):
+    """packed (n, K) uint8 -> out (4, n, K) of -2, 0 and 2, in bf16, fp16 or fp32; both contiguous. See kernel.cu."""
+    pointers = (ctypes.c_void_p(z.data_ptr()) for z in (packed, out))
+    library.dequantize(*pointers, ctypes.c_long(packed.numel()), out.element_size())
+
+
+def widen_plain(packed, out):
+    """The same in PyTorch, where nothing can be compiled."""
+    size = out.element_size()
+    word, mask = (torch.int16, -(1 << 14)) if size == 2 else (torch.int32, -(1 << 30))
+    shifts = 8 * size - torch.tensor([8, 6, 4, 2], dtype=word).view(4, 1, 1)  # of a byte's four fields
+    torch.bitwise_left_shift(packed.to(word).bitwise_not_(), shifts, out=out.view(word)).bitwise_and_(mask)
+
+
+def _linear_blocks(x, weight, alphas, bias):
+    """x (M, K), weight (N/4, K) uint8 -> (M, N), widening one block of rows after the other into the same few MB."""
+    if (weight.dtype, weight.device) != (torch.uint8, x.device):  # what follows works with pointers
+        raise ValueError(f"weight of uint8 on {x.device} wanted, got {weight.dtype} on {weight.device}")
+    (M, K), n, size, library = x.shape, len(weight), x.element_size(), cpu_kernel()
+    rows = min(n, max(1, (12 << 20) // (4 * K * size)))  # widened, 12 MB: in cache, and still a large matmul
+    scratch = _scratch.get(4 * rows * K * size).view(x.dtype)
+    half = alphas.item() / 2
+    y = x.new_empty(M, 4, n) if rows < n else None
+    for r in range(0, n, rows):
+        part = weight[r : r + rows].contiguous()
+        block = scratch[: 4 * part.numel()].view(4, *part.shape)
+        if library:
+            widen(library, part, block)
+        else:
+            widen_plain(part, block)
+        w = block.flatten(0, 1)  # (4 * rows, K) of -2, 0 and 2
+        b = None if bias is None else bias.view(4, n)[:, r : r + rows].flatten()
+        if size == 4:  # alpha where TernaryLinear has it, which makes the same bits
+            out = F.linear(x, w.mul_(half), b)
+        else:  # alpha within the matmul: free there, and in fp32
+            out = torch.addmm(x.new_empty(len(w)) if b is None else b, x, w.t(), beta=int(b is not None), alpha=half)
+        if y is None:
+            return out
+        y[:, :, r : r + rows] = out.view(M, 4, -1)
+    return y.flatten(1)
+
+
+def packed_linear(
+    x: torch.Tensor, weight: torch.Tensor, alphas: torch.Tensor, bias: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path of packed_path."""
+    path, rows = packed_path(x.device, x.dtype), x.reshape(-1, x.shape[-1])
+    shape = (*x.shape[:-1], 4 * len(weight))
+    alphas, bias = alphas.float(), bias if bias is None else bias.to(x.dtype)
+    if path == "kernel":
+        if shape[-1] % 32 or x.shape[-1] % 16:
+            size = f"{shape[-1]}x{x.shape[-1]}"
+            _announce(f"a layer of {size} fits no tile of kernel.cu (N % 32, K % 16): naive kernel, slow")
+        try:
+            return launch_kernel(cuda_kernel(x.device), rows, weight, alphas, bias, *forced_kernel()).view(shape)
+        except KernelError as e:
+            _announce(f"{e}: packed layers {SLOWLY}")
+    return (_linear_blocks if path == "blocks" else packed_linear_plain)(rows, weight, alphas, bias).view(shape)
+
+
+# One operator to torch.compile, which could not look into it. Without torch.compile it would cost 50 us a call.
+_packed_linear_op = torch.library.custom_op("terdit::packed_linear", packed_linear, mutates_args=())
+
+
+@_packed_linear_op.register_fake
+def _(x, weight, alphas, bias):
+    return x.new_empty(*x.shape[:-1], 4 * len(weight))
 
 
 class PackedTernaryLinear(nn.Module):
