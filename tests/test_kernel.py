@@ -255,8 +255,8 @@ def test_dequantize():
         alphas = torch.ones(1)
         fast = torch.empty(4, 5, 333, dtype=dtype)
         plain = torch.empty(4, 5, 333, dtype=dtype)
-        terdit.widen(terdit.cpu_kernel(), pack_ternary(codes), fast)
-        terdit.widen_plain(pack_ternary(codes), plain)
+        terdit.dequantize(terdit.cpu_kernel(), pack_ternary(codes), fast)
+        terdit.dequantize_plain(pack_ternary(codes), plain)
         assert torch.equal(fast.flatten(0, 1), want) and torch.equal(plain.flatten(0, 1), want)
         assert torch.equal(packed_linear(x, pack_ternary(codes), alphas, None), codes.T.to(dtype))
 
@@ -270,8 +270,8 @@ def test_without_a_compiler(monkeypatch, tmp_path):
     for compiler, reason in (("no-such-compiler", "no-such-compiler"), (f"{broken} -v", "no OpenMP here")):
         monkeypatch.setenv("CXX", compiler)
         monkeypatch.setattr(terdit, "cpu_kernel", lru_cache(terdit.cpu_kernel.__wrapped__))
-        terdit._announce.cache_clear()
-        with pytest.warns(UserWarning, match=f"CPU part is not used .*{reason}.* widened by PyTorch") as seen:
+        terdit.announce_once.cache_clear()
+        with pytest.warns(UserWarning, match=f"CPU part is not used .*{reason}.* dequantized by PyTorch") as seen:
             for _ in range(2):
                 assert torch.equal(packed_linear(*args).double(), want)
         assert len(seen) == 1
@@ -308,12 +308,12 @@ def test_little_memory():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak > 0 and 6e6 < len(terdit._scratch.bytes) + peak < 16e6
+    assert peak > 0 and 6e6 < len(terdit.scratch.bytes) + peak < 16e6
 
 
 def test_layer_with_gradients():
     """Where a gradient is wanted, the path that has one runs."""
-    layer = terdit.PackedTernaryLinear(16, 8).requires_grad_(False)
+    layer = terdit.FastPackedTernaryLinear(16, 8).requires_grad_(False)
     x = torch.randn(3, 16, requires_grad=True)
     layer.bias = torch.nn.Parameter(torch.zeros(8))
     layer(x).sum().backward()
@@ -345,7 +345,7 @@ class FailingLibrary:
 
 
 def packed_layer(K, N, weight, alphas, bias):
-    layer = terdit.PackedTernaryLinear(K, N, bias=True).requires_grad_(False)
+    layer = terdit.FastPackedTernaryLinear(K, N, bias=True).requires_grad_(False)
     layer.weight = weight
     layer.alphas.data = alphas
     layer.bias.data = bias
@@ -366,7 +366,7 @@ def test_through_the_layer(emulation, monkeypatch, N, K, remark):
     monkeypatch.setattr(terdit, "cuda_kernel", lambda device: emulation)
     x, weight, alphas, bias, want = case(6, N, K, torch.bfloat16)
     layer = packed_layer(K, N, weight, alphas, bias)
-    terdit._announce.cache_clear()
+    terdit.announce_once.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert torch.equal(layer(x.view(2, 3, K)).double(), want.view(2, 3, N))
@@ -382,7 +382,7 @@ def test_failing_launch(monkeypatch):
     monkeypatch.setattr(terdit, "cuda_kernel", lambda device: FailingLibrary)
     x, weight, alphas, bias, want = case(6, 64, 48, torch.bfloat16)
     layer = packed_layer(48, 64, weight, alphas, bias)
-    terdit._announce.cache_clear()
+    terdit.announce_once.cache_clear()
     with pytest.warns(UserWarning, match="error 999 .*unpack in plain PyTorch"):
         assert torch.equal(layer(x).double(), want)
 
@@ -390,7 +390,7 @@ def test_failing_launch(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said_once():
     terdit.cuda_kernel.cache_clear()
-    terdit._announce.cache_clear()
+    terdit.announce_once.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):
