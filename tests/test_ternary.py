@@ -10,7 +10,7 @@ from tests.helpers import SMALL, awake
 # The quantizer --------------------------------------------------------------------------------------------------------
 
 
-def test_ternarize_by_hand():
+def test_quantizer_by_hand():
     # mean|W| = (0.9 + 0.1 + 0.4 + 0.6) / 4 = 0.5. In units of it the weights are 1.8, -0.2, 0.8 and -1.2.
     w = torch.tensor([[0.9, -0.1], [0.4, -0.6]])
     assert ternarize(w).tolist() == [[1, 0], [1, -1]]
