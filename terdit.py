@@ -1,15 +1,20 @@
 """TerDiT from scratch: a diffusion transformer whose weights are -1, 0 and +1.
 
-The whole method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.14854) in the paper's order:
+The method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.14854), in the paper's order:
 
     1. Config, SIZES                what a model is made of
     2. ternarize, TernaryLinear     ternary weights, and how gradients get past the rounding  (paper 3.1)
-    3. DiT                          the transformer, with an RMS Norm behind each adaLN       (paper 3.2, figure 3)
-    4. GaussianDiffusion            what it is trained on and how it samples                  (DDPM, DDIM)
+    3. DiT                          the transformer, with an RMS Norm after each adaLN        (paper 3.2, figure 3)
+    4. GaussianDiffusion            what it is trained on, and how it samples                 (DDPM, DDIM)
     5. pack_ternary, pack_model     four weights in a byte                                    (paper 3.3)
     6. save_checkpoint, load_model  our files, and the released TerDiT and Large-DiT folders
+    7. Fast paths                   what sections 2 and 5 compute, in less time: skip on first reading
 
-Letters in the shape comments: N batch, C channels, H W height and width, T tokens, D width of the model.
+Section numbers are those of the paper's first version (May 2024), figures and tables those of the second (April 2025).
+"Upstream" is the TerDiT authors' own code, ADM is OpenAI's guided-diffusion, which DiT took its diffusion from.
+
+Letters in the shape comments: B images in a batch, C channels, H and W height and width, T tokens, D the model's width.
+A weight matrix is (N, K), N outputs and K inputs. It multiplies x (M, K), whose M rows are tokens (in adaLN, images).
 """
 
 import ctypes
@@ -23,9 +28,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -38,7 +41,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """Everything needed to rebuild a model, and what a sampler must know of its data. JSON-able.
+    """Everything needed to rebuild a model and to use its samples. It can be saved as JSON.
 
     `ternary=False, adaln_norm=False` is Large-DiT, the full-precision model that TerDiT quantizes.
     """
@@ -47,27 +50,29 @@ class Config:
     patch_size: int = 2
     in_channels: int = 4
     dim: int = 1536
-    n_layers: int = 16
+    n_layers: int = 16  # transformer blocks
     n_heads: int = 32
-    multiple_of: int = 256  # the FFN's width is 8/3 dim rounded up to this
+    multiple_of: int = 256  # the FFN's width is 8/3 dim, rounded up to a multiple of this
     num_classes: int = 1000  # the null label of classifier-free guidance is num_classes itself
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
-    prediction: str = "eps"  # "eps" is the paper; "v" learns large shapes sooner (GaussianDiffusion)
+    prediction: str = "eps"  # "eps" is the paper's; "v" learns large shapes sooner (see GaussianDiffusion)
     qk_norm: bool = False
     norm_eps: float = 1e-5
     label_std: float = 0.02  # initial spread of the label embeddings
-    pos_embed: bool = False  # add learned 2-D positions; the paper has rotary ones alone, along the raster
+    pos_embed: bool = False  # add a learned vector to each patch; the paper has rotary positions alone, row by row
     ternary: bool = True
-    adaln_norm: bool = True  # the paper's RMS Norm behind the adaLN projection
+    adaln_norm: bool = True  # the paper's RMS Norm after the adaLN projection
     class_names: list | None = None
     vae: str | None = None  # None: the model works on pixels in [-1, 1]
     latent_scale: float = 0.18215  # latents are multiplied by it to have a variance of about 1 (SD VAE)
 
     def __post_init__(self):
-        for name in "input_size patch_size in_channels dim n_layers n_heads multiple_of num_classes".split():
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise ValueError(f"{name}={getattr(self, name)!r}, expected a whole number above 0")
+        sizes = ("input_size", "patch_size", "in_channels", "dim", "n_layers", "n_heads", "multiple_of", "num_classes")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}, expected a whole number above 0")
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} heads of even width")
         if self.input_size % self.patch_size:
@@ -85,78 +90,63 @@ class Config:
     @property
     def ffn_dim(self):
         hidden = int(2 * 4 * self.dim / 3)
-        return -(-hidden // self.multiple_of) * self.multiple_of
+        return math.ceil(hidden / self.multiple_of) * self.multiple_of
+
+    @property
+    def n_tokens(self):
+        return (self.input_size // self.patch_size) ** 2
 
 
 _DIGITS = dict(input_size=24, patch_size=4, in_channels=3, multiple_of=64, num_classes=10, learn_sigma=False,
                prediction="v", label_std=0.5, pos_embed=True)  # fmt: skip
-SIZES = {  # ternary weights: 2.7M, 7.2M, 33M, 132M, 604M, 4.2B
-    "tiny": dict(**_DIGITS, dim=192, n_layers=4, n_heads=6),
-    "small": dict(**_DIGITS, dim=256, n_layers=6, n_heads=8),
-    "S": dict(dim=384, n_layers=12, n_heads=6),
-    "B": dict(dim=768, n_layers=12, n_heads=12),
-    "600M": dict(dim=1536, n_layers=16, n_heads=32),
-    "4.2B": dict(dim=3072, n_layers=32, n_heads=32),
-}  # fmt: skip
+SIZES = {
+    "tiny": dict(**_DIGITS, dim=192, n_layers=4, n_heads=6),  # 2.7M ternary weights
+    "small": dict(**_DIGITS, dim=256, n_layers=6, n_heads=8),  # 7.2M
+    "S": dict(dim=384, n_layers=12, n_heads=6),  # 31.9M
+    "B": dict(dim=768, n_layers=12, n_heads=12),  # 127.4M
+    "600M": dict(dim=1536, n_layers=16, n_heads=32),  # 604M
+    "4.2B": dict(dim=3072, n_layers=32, n_heads=32),  # 4.2B
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Ternary weights
 
+TERNARY_EPS = 1e-6  # upstream's; it keeps a matrix of zeros from being divided by zero
+
 
 class _Ternarize(torch.autograd.Function):
+    """The straight-through estimator: the forward pass rounds, the backward pass is the identity.
+
+    Training runs the same two lines inside _ScaledTernaryWeight (section 7): whoever changes the rule changes both.
+    """
+
     @staticmethod
     def forward(ctx, weight, eps):
-        # One buffer, four passes over memory: this runs on every weight at every step.
-        codes = weight.abs()
-        gamma = codes.mean() + eps
-        return torch.div(weight, gamma, out=codes).round_().clamp_(-1, 1)
+        gamma = weight.abs().mean() + eps
+        return (weight / gamma).round().clamp(-1, 1)
 
     @staticmethod
     def backward(ctx, grad_codes):
         return grad_codes, None
 
 
-def ternarize(weight, eps=1e-6):
+def ternarize(weight, eps=TERNARY_EPS):
     """Round to -1, 0, +1 by the absmean rule (TerDiT eq. 1, from BitNet b1.58); gradients pass straight through.
 
     weight (N, K) float -> same shape and dtype: clip(round(weight / (mean|weight| + eps)), -1, 1), halves to even.
-    Rounding has no useful derivative, so the backward is the identity (the straight-through estimator): the latent
-    weight drifts as if it were used itself, and its code flips when it has drifted far enough.
+    Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. So the backward pass
+    pretends that rounding did nothing: the optimizer moves the full-precision *latent* weight, and its code (-1, 0 or
+    +1) flips when the latent weight has moved far enough.
     """
     return _Ternarize.apply(weight, eps)
-
-
-class _TernaryWeight(torch.autograd.Function):
-    """ternarize(weight) * alpha, cast to `dtype`: the fast path of TernaryLinear.
-
-    Keeps one tensor for the backward (which the matmul keeps anyway) where the plain expression keeps two, and makes
-    fewer passes over it: tests/bench_qat.py prints what is left of the cost.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, alphas, dtype):
-        out = _Ternarize.forward(None, weight, 1e-6).mul_(alphas).to(dtype)
-        ctx.save_for_backward(out, alphas)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        out, alphas = ctx.saved_tensors
-        # d/dalpha = <grad, codes> = <grad, out> / alpha. An alpha of exactly 0 gets no gradient.
-        # In place, for the fresh pages of a copy cost more than the arithmetic. No one else holds `grad`, which F.linear's
-        # backward has just made for this node alone, unless there is to be a second derivative (create_graph).
-        if grad.dtype == torch.float32:
-            scale = torch.mul if torch.is_grad_enabled() else torch.Tensor.mul_
-            dot, grad = torch.dot(grad.flatten(), out.flatten()), scale(grad, alphas)
-        else:
-            dot, grad = torch.linalg.vecdot(grad, out).sum(dtype=torch.float32), grad.float().mul_(alphas)
-        return grad, torch.where(alphas == 0, alphas, dot / alphas), None
 
 
 class TernaryLinear(nn.Module):
     """A linear layer whose weight is ternary in the forward pass and full precision in the optimizer.
 
-    `weight` (N, K) latent, `alphas` (1,) the layer's one learned scale, `bias` (N,) or None.  x (..., K) -> (..., N)
+    `weight` (N, K) latent, `alphas` (1,) the one learned scale, `bias` (N,) or None.  x (..., K) -> (..., N)
+    The plural `alphas` is upstream's parameter name. It is no subclass of nn.Linear, so that isinstance(m, nn.Linear)
+    finds the full-precision layers alone. Models are built of FastTernaryLinear (section 7), which puts out the same.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -166,13 +156,10 @@ class TernaryLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         nn.init.xavier_uniform_(self.weight)
         with torch.no_grad():
-            self.alphas.copy_(self.weight.abs().mean())
+            self.alphas.copy_(self.weight.abs().mean())  # the output is about as large as without rounding
 
     def forward(self, x):
-        # The plain form is F.linear(x, ternarize(self.weight) * self.alphas, self.bias).
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        return F.linear(x, _TernaryWeight.apply(self.weight, self.alphas, dtype), self.bias)
+        return F.linear(x, ternarize(self.weight) * self.alphas, self.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,24 +167,24 @@ class TernaryLinear(nn.Module):
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)  # (N, T, D), (N, D), (N, D)
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)  # x (B, T, D); shift and scale (B, D)
 
 
 class RMSNorm(nn.RMSNorm):
-    """In its own dtype: autocast hands it bf16, but what it normalizes steers whole layers."""
+    """Computes in its weight's dtype, fp32: under autocast x is bf16, but adaLN's output scales whole blocks."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 def timestep_embedding(t, dim=256, max_period=10000):
-    """Sinusoids of t (N,), fractions allowed -> (N, dim): the cosines, then the sines (ADM's order)."""
+    """Sinusoids of t (B,), fractions allowed -> (B, dim): the cosines, then the sines (ADM's order)."""
     half = dim // 2
     exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    # exp in fp64: one rounding of fp32's, which differs between machines, turns the angle at t=999 by 6e-5.
+    # exp in fp64: its last bit in fp32 differs between machines, and times t=999 the angle would differ by 6e-5.
     freqs = exponents.double().exp().float()
-    args = t[:, None].float() * freqs
-    return torch.cat([args.cos(), args.sin()], dim=-1)
+    angles = t[:, None].float() * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -210,11 +197,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One row a class, and a last row for "no class", which guidance needs (classifier-free guidance)."""
+    """One row a class, and a last row, number num_classes, for "no class": the null label of guidance.
+
+    Labels are dropped where batches are drawn (train.py's draw_batch), not here as in DiT.
+    """
 
     def __init__(self, num_classes, dim):
         super().__init__()
-        # Not nn.Embedding's own constructor: on the meta device its normal_ makes torch import its compiler, 100 MB.
+        # nn.Embedding(n, dim) would call normal_, which on the meta device loads torch's compiler: 100 MB, a second.
         self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, dim), freeze=False)
 
     def forward(self, y):
@@ -222,15 +212,15 @@ class LabelEmbedder(nn.Module):
 
 
 def rotary_table(n_tokens, head_dim, device=None, theta=10000.0):
-    """exp(i * angle) (T, head_dim / 2) complex64: raster position times a frequency for each pair of channels."""
+    """exp(i * angle) (T, head_dim / 2) complex64. angle = token number, row by row, times the pair's frequency."""
     freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(n_tokens, dtype=torch.float32, device=device), freqs)
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x, freqs_cis):
-    """Turn each pair (2i, 2i+1) of x (N, heads, T, head_dim) by its angle, in fp32 (RoFormer; Large-DiT)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (N, heads, T, head_dim / 2)
+    """Turn each pair (2i, 2i+1) of x (B, heads, T, head_dim) by its angle, in fp32 (RoFormer; Large-DiT)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, heads, T, head_dim / 2)
     return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
 
 
@@ -238,22 +228,32 @@ class Attention(nn.Module):
     def __init__(self, cfg, linear):
         super().__init__()
         self.n_heads = cfg.n_heads
-        self.wq, self.wk, self.wv, self.wo = (linear(cfg.dim, cfg.dim, bias=False) for _ in range(4))
-        # Over all heads together, before the rotation (Large-DiT).
+        self.wq = linear(cfg.dim, cfg.dim, bias=False)
+        self.wk = linear(cfg.dim, cfg.dim, bias=False)
+        self.wv = linear(cfg.dim, cfg.dim, bias=False)
+        self.wo = linear(cfg.dim, cfg.dim, bias=False)
+        # Over all D channels, before they are split into heads and rotated (Large-DiT).
         self.q_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, head_dim)
+
     def forward(self, x, freqs_cis):
-        heads = lambda z: z.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (N, T, D) -> (N, heads, T, head_dim)
-        q = rotate(heads(self.q_norm(self.wq(x))), freqs_cis)
-        k = rotate(heads(self.k_norm(self.wk(x))), freqs_cis)
-        v = heads(self.wv(x))
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # What SDPA computes. Its bf16 backward on a CPU takes 13 times as long as these two matmuls.
-            out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.wo(out.transpose(1, 2).flatten(-2))  # (N, T, D)
+        q = rotate(self.split_heads(self.q_norm(self.wq(x))), freqs_cis)
+        k = rotate(self.split_heads(self.k_norm(self.wk(x))), freqs_cis)
+        v = self.split_heads(self.wv(x))
+        out = softmax_attention(q, k, v)  # (B, heads, T, head_dim)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+
+def softmax_attention(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v, each (B, heads, T, head_dim)."""
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        # Written out for training on a CPU, where SDPA's bf16 backward pass takes 13 times as long as two matmuls.
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, heads, T, T)
+        return scores.softmax(-1).to(v.dtype) @ v  # autocast computes a softmax in fp32
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class FeedForward(nn.Module):
@@ -272,9 +272,10 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and SwiGLU, each shifted, scaled and gated by the timestep and the label (adaLN).
 
-    Ternary weights are large next to trained full-precision ones, so the ternary adaLN projection puts out values
-    that a small change of a few codes moves a lot. The paper's cure is one RMS Norm over all six vectors at once
-    (paper 3.2, figures 3 and 4).
+    A ternary weight is 0 or +-alpha. Where alpha is large (upstream draws its start from N(0, 1); a full-precision
+    weight is near 0.02), the ternary adaLN projection puts out large values, and a few weights that change their code
+    change them a lot. The paper's cure is one RMS Norm over the six vectors together, which divides alpha out (paper
+    3.2, figures 3 and 4). We start alpha small, but it is learned: the norm keeps training independent of its size.
     """
 
     def __init__(self, cfg, linear):
@@ -287,16 +288,18 @@ class TransformerBlock(nn.Module):
         if cfg.adaln_norm:
             self.adaLN_modulation.append(RMSNorm(6 * cfg.dim, eps=cfg.norm_eps))
 
-    def forward(self, x, c, freqs_cis, modulation=None):
-        modulation = self.adaLN_modulation(c) if modulation is None else modulation  # (N, 6 * D)
+    def forward(self, x, c, freqs_cis):
+        """x (B, T, D) tokens, c (B, cond_dim) timestep and label, freqs_cis from rotary_table -> (B, T, D)"""
+        modulation = self.adaLN_modulation(c)  # (B, 6 * D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         attended = self.attention(modulate(self.attention_norm(x), shift_msa, scale_msa), freqs_cis)
         x = x + gate_msa.unsqueeze(1) * attended
-        return x + gate_mlp.unsqueeze(1) * self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp))
+        fed = self.feed_forward(modulate(self.ffn_norm(x), shift_mlp, scale_mlp))
+        return x + gate_mlp.unsqueeze(1) * fed
 
 
 class FinalLayer(nn.Module):
-    """Full precision: the last layer's errors are the image's errors (paper 3.1)."""
+    """Full precision, because an error here goes straight into the image (paper 3.1)."""
 
     def __init__(self, cfg, out_channels):
         super().__init__()
@@ -312,32 +315,38 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The diffusion transformer. Parameter names are upstream's, so released checkpoints load.
 
-    packed=True builds the inference model, whose ternary layers hold 2 bits a weight (see pack_model).
+    packed=True builds the inference model, whose ternary linears hold 2 bits a weight (see pack_model).
     """
 
     def __init__(self, config, packed=False):
         super().__init__()
-        if packed and not config.ternary:
-            raise ValueError("a full-precision model (ternary=False) has no ternary layers to pack")
         self.config = cfg = config
+        if packed and not cfg.ternary:
+            raise ValueError("a full-precision model (ternary=False) has no ternary layers to pack")
+        # The linears of sections 2 and 5 in the faster form of section 7. The plain classes work here too.
+        if packed:
+            linear = FastPackedTernaryLinear
+        elif cfg.ternary:
+            linear = FastTernaryLinear
+        else:
+            linear = nn.Linear
         self.out_channels = cfg.in_channels * (2 if cfg.learn_sigma else 1)
-        linear = PackedTernaryLinear if packed else TernaryLinear if cfg.ternary else nn.Linear
         self.x_embedder = nn.Linear(cfg.patch_size**2 * cfg.in_channels, cfg.dim)
         self.t_embedder = TimestepEmbedder(cfg.cond_dim)
         self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.cond_dim)
-        n_tokens = (cfg.input_size // cfg.patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.empty(n_tokens, cfg.dim)) if cfg.pos_embed else None
+        self.pos_embed = nn.Parameter(torch.empty(cfg.n_tokens, cfg.dim)) if cfg.pos_embed else None
         self.layers = nn.ModuleList([TransformerBlock(cfg, linear) for _ in range(cfg.n_layers)])
         self.final_layer = FinalLayer(cfg, self.out_channels)
         if not (packed or self.x_embedder.weight.is_meta):
             self.init_weights()
 
     def init_weights(self):
-        """The start of training. Two things differ from upstream, whose checkpoints never saw this code.
+        """The start of training. Two things differ from upstream.
 
-        alpha starts at mean|W|, so a ternary layer puts out about what its latent weights would. And the block starts
-        as the identity (adaLN-Zero) through the RMS Norm's gain instead of a zero weight: a weight of zeros is +-1 as
-        soon as it moves at all, and opens the gate to full in a single step.
+        alpha starts at mean|W| (upstream: a draw from N(0, 1)), so a ternary linear puts out about what its latent
+        weights would. And every block starts as the identity (adaLN-Zero) through the RMS Norm's gain, not through
+        zero weights: were the weights 0, mean|W| would be 0 too. After the first update, however small, each weight is
+        about as large as mean|W|, so most round to +-1, and the gates would open fully in one step.
         """
         cfg = self.config
         for module in self.modules():
@@ -353,105 +362,111 @@ class DiT(nn.Module):
         for block in self.layers:
             if cfg.adaln_norm:
                 nn.init.zeros_(block.adaLN_modulation[2].weight)
-            elif not cfg.ternary:
+            elif not cfg.ternary:  # ternary without the norm does not start as the identity: see above
                 nn.init.zeros_(block.adaLN_modulation[1].weight)
         for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(linear.weight)
 
     def patchify(self, x):
         p = self.config.patch_size
-        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (N, C, H/p, p, W/p, p)
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H/p, p, W/p, p)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C * p * p)
 
     def unpatchify(self, x, height):
         p = self.config.patch_size
-        # The order within a patch is (p, p, C) here and (C, p, p) in patchify: DiT's habit, which checkpoints keep.
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (height // p, -1))  # (N, H/p, W/p, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (N, C, H, W)
+        # Within a patch the order is (p, p, C) here and (C, p, p) in patchify. DiT does so, and checkpoints rely on it.
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, (height // p, -1))  # (B, H/p, W/p, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, H, W)
 
-    def condition(self, t, y):
-        """All that depends on t (N,) and y (N,) alone -> c (N, cond_dim) and each layer's adaLN output (N, 6 * D).
-
-        A sampler computes it for many steps at once: one row or a hundred cost a packed layer nearly the same.
-        """
-        c = self.t_embedder(t) + self.y_embedder(y)
-        return c, [layer.adaLN_modulation(c) for layer in self.layers]
-
-    def forward(self, x, t, y, condition=None):
+    def forward(self, x, t, y):
         """Predict the noise (or v) in x.
 
-        x (N, C, H, W) noisy images or latents; t (N,) in 0..999, fractions allowed; y (N,) classes, num_classes: none.
-        -> (N, 2C, H, W): prediction, then the sigma channels; (N, C, H, W) if not learn_sigma.
-        condition: self.condition(t, y) where it is known already; t and y are not looked at then.
+        x (B, C, H, W) noisy images or latents; t (B,) in 0..999, fractions allowed; y (B,) classes or the null label.
+        -> (B, 2C, H, W): prediction, then the sigma channels; (B, C, H, W) if not learn_sigma.
         """
         height = x.shape[2]
-        dtype = self.x_embedder.weight.dtype  # of the residual stream, under autocast too
-        h = self.x_embedder(self.patchify(x).to(dtype)).to(dtype)  # (N, T, D)
+        dtype = self.x_embedder.weight.dtype  # the residual stream keeps it, under autocast too
+        h = self.x_embedder(self.patchify(x).to(dtype)).to(dtype)  # (B, T, D)
         if self.pos_embed is not None:
             h = h + self.pos_embed
-        c, modulations = condition or (self.t_embedder(t) + self.y_embedder(y), [None] * len(self.layers))
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, cond_dim)
         freqs_cis = rotary_table(h.shape[1], self.config.dim // self.config.n_heads, x.device)
-        for layer, modulation in zip(self.layers, modulations):
-            h = layer(h, c, freqs_cis, modulation)
+        for block in self.layers:
+            h = block(h, c, freqs_cis)
         return self.unpatchify(self.final_layer(h, c), height)
 
-    def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None, condition=None):
-        """Classifier-free guidance, by upstream's contract.
+    def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None):
+        """Classifier-free guidance, with upstream's arguments.
 
-        The first half of x (N, C, H, W) is run twice, the second half is ignored; y is the classes, then as many null
-        labels. Returns (N, 2C or C, H, W) whose two halves hold the same guided prediction; sigma is never guided.
+        x (B, C, H, W): the first half is run twice, the second half is ignored. t (B,). y (B,): the classes, then as many
+        null labels. -> (B, 2C or C, H, W), whose two halves hold the same guided prediction; sigma is never guided.
         guided_channels=3 reproduces upstream, which leaves the fourth latent channel unguided (DiT issue 41 calls it a
         slip). None guides every channel.
         """
         half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y, condition)
-        g = self.config.in_channels if guided_channels is None else guided_channels
-        cond, uncond = out[:, :g].chunk(2)
+        out = self.forward(torch.cat([half, half]), t, y)
+        n_guided = self.config.in_channels if guided_channels is None else guided_channels
+        cond, uncond = out[:, :n_guided].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), out[:, g:]], dim=1)
+        return torch.cat([torch.cat([guided, guided]), out[:, n_guided:]], dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Diffusion
 
 
-def _spaced_steps(respacing, total):
-    """The timesteps that a shorter process keeps: "250", "10,15,20" (counts for equal parts), "ddim50" (a stride)."""
+def spaced_timesteps(respacing, total):
+    """The timesteps that a shorter process keeps (ADM): "250" spreads 250 evenly, "ddim50" takes every 20th."""
+    count = respacing.removeprefix("ddim")
+    if not count.isdigit() or not 1 <= int(count) <= total:
+        raise ValueError(f"respacing={respacing!r}, expected a count of 1 to {total} such as '250', or 'ddim50'")
+    count = int(count)
     if respacing.startswith("ddim"):
-        count = int(respacing[4:])
         for stride in range(1, total):
-            if len(range(0, total, stride)) == count:
-                return list(range(0, total, stride))
+            steps = list(range(0, total, stride))
+            if len(steps) == count:
+                return steps
         raise ValueError(f"respacing={respacing!r}: no whole stride gives {count} of {total} steps")
-    counts = [int(c) for c in respacing.split(",")]
+    stride = (total - 1) / max(count - 1, 1)
     steps = []
-    for count, part in zip(counts, np.array_split(np.arange(total), len(counts))):
-        if not 1 <= count <= len(part):
-            raise ValueError(f"respacing={respacing!r}: {count} steps wanted of a part that has {len(part)}")
-        stride = (len(part) - 1) / max(count - 1, 1)
-        # A running sum, as in ADM: a product rounds otherwise at exact halves.
-        steps += [int(part[round(s)]) for s in accumulate([stride] * (count - 1), initial=0.0)]
+    position = 0.0
+    for _ in range(count):
+        steps.append(round(position))
+        position += stride  # a running sum, as in ADM: i * stride rounds differently at exact halves
     return steps
 
 
-def _normal_kl(mean1, logvar1, mean2, logvar2):
+def gaussian_kl(mean1, logvar1, mean2, logvar2):
+    """KL divergence between two Gaussians, in nats."""
     return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
 
 
-def _discretized_gaussian_nll(x, mean, log_scale):
+def normal_cdf(z):
+    """The standard normal distribution function, in ADM's approximation."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def discretized_gaussian_nll(x, mean, log_scale):
     """-log of the mass that a Gaussian puts on x's own bin of width 2/255 (DDPM section 3.3)."""
-    cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))  # as ADM approximates it
     inv_std = (-log_scale).exp()
-    plus, minus = cdf(inv_std * (x - mean + 1 / 255)), cdf(inv_std * (x - mean - 1 / 255))
-    mass = torch.where(x < -0.999, plus, torch.where(x > 0.999, 1 - minus, plus - minus))
+    below_upper_edge = normal_cdf(inv_std * (x - mean + 1 / 255))
+    below_lower_edge = normal_cdf(inv_std * (x - mean - 1 / 255))
+    mass = below_upper_edge - below_lower_edge
+    mass = torch.where(x > 0.999, 1 - below_lower_edge, mass)  # the brightest bin reaches to infinity
+    mass = torch.where(x < -0.999, below_upper_edge, mass)  # and the darkest to minus infinity
     return -mass.clamp(min=1e-12).log()
+
+
+def extract(table, t):
+    """table[t] as fp32 (B, 1, 1, 1), to go with images (B, C, H, W)."""
+    return torch.from_numpy(table).to(t.device)[t].float().view(-1, 1, 1, 1)
 
 
 class GaussianDiffusion:
     """The noise process q(x_t | x_0), the training loss, and the samplers.
 
     Linear betas 1e-4..0.02 over 1000 steps (DDPM). `respacing` keeps fewer of them for sampling: a shorter process with
-    the same alphas_cumprod at the kept steps, `timestep_map` saying which. Tables are float64 numpy arrays.
+    the same alphas_cumprod at the kept steps. timestep_map[i] is the original number of step i. Tables are float64 numpy.
 
     prediction: what the model's first C channels mean. "eps" is the noise, the paper's choice. "v" is
     sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise,
@@ -460,117 +475,128 @@ class GaussianDiffusion:
 
     def __init__(self, respacing="", prediction="eps"):
         betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
-        acp = np.cumprod(1 - betas)
-        self.timestep_map = np.array(_spaced_steps(respacing, 1000) if respacing else range(1000))
+        alphas_cumprod = np.cumprod(1 - betas)
+        self.timestep_map = np.arange(1000)
         if respacing:
-            acp = acp[self.timestep_map]
-            betas = 1 - acp / np.append(1.0, acp[:-1])
-            acp = np.cumprod(1 - betas)
+            self.timestep_map = np.array(spaced_timesteps(respacing, 1000))
+            kept = alphas_cumprod[self.timestep_map]
+            betas = 1 - kept / np.append(1.0, kept[:-1])
+            alphas_cumprod = np.cumprod(1 - betas)
         self.prediction = prediction
         self.num_timesteps = len(betas)
         self.betas = betas
-        self.alphas_cumprod = acp
-        self.alphas_cumprod_prev = np.append(1.0, acp[:-1])
-        self.alphas_cumprod_next = np.append(acp[1:], 0.0)
-        self.sqrt_alphas_cumprod = np.sqrt(acp)
-        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - acp)
-        self.log_one_minus_alphas_cumprod = np.log(1 - acp)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / acp)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / acp - 1)
-        # q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7. Its variance is 0 at t=0, so the log borrows t=1's.
-        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - acp)
-        second = self.posterior_variance[1] if len(betas) > 1 else betas[0]
-        self.posterior_log_variance_clipped = np.log(np.append(second, self.posterior_variance[1:]))
-        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - acp)
-        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - acp)
-
-    @staticmethod
-    def _at(table, t):
-        """table[t] as fp32 (N, 1, 1, 1), to go with images (N, C, H, W)."""
-        return torch.from_numpy(table).to(t.device)[t].float().view(-1, 1, 1, 1)
+        self.alphas_cumprod = alphas_cumprod
+        self.alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+        self.sqrt_alphas_cumprod = np.sqrt(alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1 / alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / alphas_cumprod - 1)
+        # q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7. Its variance is 0 at t=0, so the log there takes the value of t=1.
+        self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - alphas_cumprod)
+        at_zero = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(at_zero, self.posterior_variance[1:]))
+        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod)
 
     def q_sample(self, x0, t, noise):
-        """Noise x0 (N, C, H, W) to timestep t (N,) in one go (DDPM eq. 4)."""
-        return self._at(self.sqrt_alphas_cumprod, t) * x0 + self._at(self.sqrt_one_minus_alphas_cumprod, t) * noise
+        """Noise x0 (B, C, H, W) to timestep t (B,) in one go (DDPM eq. 4)."""
+        return extract(self.sqrt_alphas_cumprod, t) * x0 + extract(self.sqrt_one_minus_alphas_cumprod, t) * noise
 
-    def _turn(self, a, t, b):
-        """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b: v of (eps, x0), and, as a rotation, x0 of (x, v)."""
-        return self._at(self.sqrt_alphas_cumprod, t) * a - self._at(self.sqrt_one_minus_alphas_cumprod, t) * b
+    def v_rotation(self, a, t, b):
+        """sqrt(alphas_cumprod) a - sqrt(1 - alphas_cumprod) b, in two uses:
+
+        v = v_rotation(eps, t, x0)    and, backwards,    x0 = v_rotation(x, t, v)
+        """
+        return extract(self.sqrt_alphas_cumprod, t) * a - extract(self.sqrt_one_minus_alphas_cumprod, t) * b
 
     def q_posterior(self, x0, x, t):
         """Mean and log variance of q(x_{t-1} | x_t, x_0)."""
-        mean = self._at(self.posterior_mean_coef1, t) * x0 + self._at(self.posterior_mean_coef2, t) * x
-        return mean, self._at(self.posterior_log_variance_clipped, t)
+        mean = extract(self.posterior_mean_coef1, t) * x0 + extract(self.posterior_mean_coef2, t) * x
+        return mean, extract(self.posterior_log_variance_clipped, t)
+
+    def predict_x0(self, pred, x, t):
+        """The clean image that the model's prediction (B, C, H, W) at x and t implies."""
+        if self.prediction == "v":
+            return self.v_rotation(x, t, pred)
+        return extract(self.sqrt_recip_alphas_cumprod, t) * x - extract(self.sqrt_recipm1_alphas_cumprod, t) * pred
 
     def p_mean_variance(self, model_out, x, t, clip_denoised=False):
-        """Read the model's output (N, 2C or C, H, W) at x (N, C, H, W), t (N,).
+        """Read the model's output (B, 2C or C, H, W) at x (B, C, H, W), t (B,).
 
-        -> dict of mean, variance, log_variance of p(x_{t-1} | x_t), and pred_xstart. Sigma channels in [-1, 1] blend
-        the log variance between the smallest and the largest that make sense (Improved DDPM eq. 15).
+        -> dict of mean, variance, log_variance of p(x_{t-1} | x_t), and pred_xstart. The sigma channels choose the log
+        variance: -1 is that of the posterior, +1 that of beta, between them it is blended (Improved DDPM eq. 15).
         """
-        pred, *sigma = model_out.float().split(x.shape[1], dim=1)
-        if self.prediction == "v":
-            x0 = self._turn(x, t, pred)
-        else:
-            x0 = self._at(self.sqrt_recip_alphas_cumprod, t) * x - self._at(self.sqrt_recipm1_alphas_cumprod, t) * pred
+        model_out = model_out.float()
+        n_channels = x.shape[1]
+        x0 = self.predict_x0(model_out[:, :n_channels], x, t)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
         mean, log_variance = self.q_posterior(x0, x, t)
-        if sigma:
-            frac = (sigma[0] + 1) / 2
-            log_variance = frac * self._at(np.log(self.betas), t) + (1 - frac) * log_variance
+        if model_out.shape[1] != n_channels:
+            blend = (model_out[:, n_channels:] + 1) / 2
+            log_variance = blend * extract(np.log(self.betas), t) + (1 - blend) * log_variance
         log_variance = log_variance.expand_as(x)
         return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=x0)
 
     def training_losses(self, model, x0, t, y, noise=None):
-        """Loss of model(x_t, timestep, y) for x0 (N, C, H, W), t (N,) int64, y (N,) -> dict of (N,) tensors.
+        """Loss of model(x_t, timestep, y) for x0 (B, C, H, W), t (B,) int64, y (B,) -> dict of (B,) tensors.
 
         `mse` is the paper's simple loss; `vb`, in bits a dimension, teaches the sigma channels alone (Improved DDPM
-        section 3.1): the prediction is detached in it. Without sigma channels there is no vb. `loss` is their sum.
+        section 3.1): no gradient of it reaches the prediction. Without sigma channels there is no vb. `loss` is their sum.
         """
-        noise = torch.randn_like(x0) if noise is None else noise
+        if noise is None:
+            noise = torch.randn_like(x0)
         x = self.q_sample(x0, t, noise)
-        out = model(x, torch.from_numpy(self.timestep_map).to(t.device)[t], y).float()
-        pred = out[:, : x0.shape[1]]
-        target = self._turn(noise, t, x0) if self.prediction == "v" else noise
-        terms = {"mse": ((target - pred) ** 2).flatten(1).mean(1)}
-        terms["loss"] = terms["mse"]
-        if out.shape[1] != x0.shape[1]:
-            frozen = torch.cat([pred.detach(), out[:, x0.shape[1] :]], dim=1)
-            true_mean, true_logvar = self.q_posterior(x0, x, t)
-            p = self.p_mean_variance(frozen, x, t)
-            kl = _normal_kl(true_mean, true_logvar, p["mean"], p["log_variance"]).flatten(1).mean(1)
-            nll = _discretized_gaussian_nll(x0, p["mean"], 0.5 * p["log_variance"]).flatten(1).mean(1)
-            terms["vb"] = torch.where(t == 0, nll, kl) / math.log(2)
-            terms["loss"] = terms["mse"] + terms["vb"]
-        return terms
+        timesteps = torch.from_numpy(self.timestep_map).to(t.device)[t]
+        out = model(x, timesteps, y).float()
+        n_channels = x0.shape[1]
+        pred = out[:, :n_channels]
+        target = self.v_rotation(noise, t, x0) if self.prediction == "v" else noise
+        mse = ((target - pred) ** 2).flatten(1).mean(1)
+        if out.shape[1] == n_channels:
+            return dict(mse=mse, loss=mse)
+        out_for_vb = torch.cat([pred.detach(), out[:, n_channels:]], dim=1)
+        p = self.p_mean_variance(out_for_vb, x, t)
+        true_mean, true_log_variance = self.q_posterior(x0, x, t)
+        kl = gaussian_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]).flatten(1).mean(1)
+        nll = discretized_gaussian_nll(x0, p["mean"], 0.5 * p["log_variance"]).flatten(1).mean(1)
+        vb = torch.where(t == 0, nll, kl) / math.log(2)
+        return dict(mse=mse, vb=vb, loss=mse + vb)
 
     def _sample_loop(self, step, model_fn, x, clip_denoised, noise_fn):
+        """From x_T to x_0. step(p, x, t, noise) makes x_{t-1} from x_t; DDPM and DDIM each pass their own."""
         for i in reversed(range(self.num_timesteps)):
             t = torch.full((len(x),), i, device=x.device)
             out = model_fn(x, torch.full_like(t, int(self.timestep_map[i])))
             p = self.p_mean_variance(out, x, t, clip_denoised)
-            noise = noise_fn(x)  # drawn at the last step too, so that a recorded sequence replays
-            x = step(p, x, t, noise if i else torch.zeros_like(noise))
+            noise = noise_fn(x)  # drawn at the last step too, where it is not used: as many draws as steps
+            if i == 0:
+                noise = torch.zeros_like(noise)
+            x = step(p, x, t, noise)
         return x
 
     @torch.no_grad()
     def p_sample_loop(self, model_fn, noise, clip_denoised=False, noise_fn=torch.randn_like):
-        """DDPM's ancestral sampling. noise (N, C, H, W) is x_T; model_fn(x, t) gets timesteps of 0..999. -> x_0"""
-        step = lambda p, x, t, noise: p["mean"] + (0.5 * p["log_variance"]).exp() * noise
+        """DDPM's ancestral sampling. noise (B, C, H, W) is x_T; model_fn(x, t) gets timesteps of 0..999. -> x_0"""
+
+        def step(p, x, t, noise):
+            return p["mean"] + (0.5 * p["log_variance"]).exp() * noise
+
         return self._sample_loop(step, model_fn, noise, clip_denoised, noise_fn)
 
     @torch.no_grad()
     def ddim_sample_loop(self, model_fn, noise, eta=0.0, clip_denoised=False, noise_fn=torch.randn_like):
-        """DDIM (eq. 12; eta=0 is deterministic given x_T). Arguments as in p_sample_loop."""
+        """DDIM (eq. 12), arguments as in p_sample_loop. eta sets the variance, so sigma channels are ignored; with 0
+        the result is a function of x_T."""
 
         def step(p, x, t, noise):
             x0 = p["pred_xstart"]
-            # eps from x0, so that clipping x0 reaches it.
-            eps = (self._at(self.sqrt_recip_alphas_cumprod, t) * x - x0) / self._at(self.sqrt_recipm1_alphas_cumprod, t)
-            acp, prev = self._at(self.alphas_cumprod, t), self._at(self.alphas_cumprod_prev, t)
-            sigma = eta * ((1 - prev) / (1 - acp)).sqrt() * (1 - acp / prev).sqrt()
-            return x0 * prev.sqrt() + (1 - prev - sigma**2).sqrt() * eps + sigma * noise
+            # From the clipped x0, not the model's own eps.
+            eps = (extract(self.sqrt_recip_alphas_cumprod, t) * x - x0) / extract(self.sqrt_recipm1_alphas_cumprod, t)
+            acp = extract(self.alphas_cumprod, t)
+            acp_prev = extract(self.alphas_cumprod_prev, t)
+            sigma = eta * ((1 - acp_prev) / (1 - acp)).sqrt() * (1 - acp / acp_prev).sqrt()
+            return x0 * acp_prev.sqrt() + (1 - acp_prev - sigma**2).sqrt() * eps + sigma * noise
 
         return self._sample_loop(step, model_fn, noise, clip_denoised, noise_fn)
 
@@ -584,241 +610,43 @@ def pack_ternary(codes):
 
     Rows are taken in quarters: with n = N/4, byte [r, c] holds the weights of rows r, n+r, 2n+r and 3n+r, high bits
     first, each as weight + 1:    bits 7-6: row r | 5-4: row n+r | 3-2: row 2n+r | 1-0: row 3n+r
+    Example with N = 4, K = 1: the weights 1, 0, -1, 1 from top to bottom become the byte 0b10_01_00_10 (2, 1, 0, 2).
     """
     if codes.ndim != 2 or codes.shape[0] % 4:
         raise ValueError(f"pack_ternary needs (N, K) with N a multiple of 4, got {tuple(codes.shape)}")
     if not bool(((codes == -1) | (codes == 0) | (codes == 1)).all()):
         raise ValueError("pack_ternary needs codes of -1, 0 and 1 alone")
-    a, b, c, d = (codes + 1).to(torch.uint8).chunk(4)
-    return a << 6 | b << 4 | c << 2 | d
+    quarter0, quarter1, quarter2, quarter3 = (codes + 1).to(torch.uint8).chunk(4)
+    return (quarter0 << 6) | (quarter1 << 4) | (quarter2 << 2) | quarter3
 
 
 def unpack_ternary(packed):
     """(N/4, K) uint8 -> (N, K) int8 in {-1, 0, 1}. Bytes are not checked here: see check_packed."""
-    return torch.cat([packed >> shift & 3 for shift in (6, 4, 2, 0)]).to(torch.int8) - 1
+    quarters = [(packed >> shift) & 3 for shift in (6, 4, 2, 0)]
+    return torch.cat(quarters).to(torch.int8) - 1
 
 
 def check_packed(packed, name="weight"):
     """Raise ValueError if a 2-bit field of packed (N/4, K) uint8 holds 3, which stands for no weight."""
     if packed.dtype != torch.uint8:
         raise ValueError(f"{name}: packed weights are uint8, got {packed.dtype}")
-    if bool((packed & packed >> 1 & 0b01010101).any()):
+    low_bits = packed & 0b01010101
+    high_bits = (packed >> 1) & 0b01010101
+    if bool((low_bits & high_bits).any()):
         raise ValueError(f"{name}: holds code 3, but packed ternary weights use 0, 1 and 2: the bytes are damaged")
 
 
-SLOWLY = "unpack in plain PyTorch at every call, slower"
-
-
-@lru_cache(maxsize=None)
-def _announce(message):
-    warnings.warn(message, stacklevel=2)
-
-
-def first_line(e):
-    """What an exception says, in one line; its type where it says nothing."""
-    return str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
-
-
-@lru_cache(maxsize=None)
-def cuda_kernel(device):
-    """kernel.cu as a ctypes library for `device`, compiled on first use, or None and a warning that names the reason.
-
-    It knows pointers and a stream but not torch, whose headers would make the build take a minute.
-    """
-    try:
-        from torch.utils.cpp_extension import load
-
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            raise RuntimeError(f"this GPU is sm_{major}{minor}, the kernels need sm_80 or later")
-        arch = f"{major}{minor}" + "a" * (major == 9)  # wgmma is in sm_90a alone, which torch's own flags leave out
-        warnings.warn(f"building kernel.cu for sm_{arch}: once, some seconds", stacklevel=2)
-        flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-        source = Path(__file__).with_name("kernel.cu")
-        library = load(f"terdit_sm_{arch}", [str(source)], extra_cuda_cflags=flags, is_python_module=False)
-        return ctypes.CDLL(library)
-    except Exception as e:  # no nvcc, no compiler, no ninja, a driver that is too old, an edit that does not compile
-        _announce(f"kernel.cu is not used ({first_line(e)}): packed layers {SLOWLY}")
-        return None
-
-
-class KernelError(RuntimeError):
-    pass
-
-
-KERNELS = ("auto", "naive", "few", "mma", "wgmma")  # in the order of kernel.cu's enum
-
-
-def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
-    """kernel.cu's ternary_linear: x (M, K) bf16 or fp16, weight (N/4, K) uint8 -> (M, N).
-
-    kernel: auto, naive, few (M <= 16), mma or wgmma; tokens: of a CTA's tile, 0 for the best. The pointers are raw, so
-    everything is checked here: ValueError says what was got. KernelError is a launch that CUDA refuses.
-    """
-    (M, K), N = x.shape, 4 * len(weight)
-    if x.dtype not in (torch.bfloat16, torch.float16) or max(M, N, K) >= 1 << 31:
-        raise ValueError(f"kernel.cu takes x of bfloat16 or float16, below 2^31 rows, got {tuple(x.shape)} {x.dtype}")
-    for name, z, *want in (
-        ("weight", weight, (N // 4, K), torch.uint8, x.device),
-        ("alphas", alphas, (1,), torch.float32, x.device),
-        ("bias", bias, (N,), x.dtype, x.device),
-    ):
-        if z is not None and (got := [tuple(z.shape), z.dtype, z.device]) != want:
-            raise ValueError(f"{name} of {want} wanted for x of {tuple(x.shape)}, got {got}")
-    # Loads are 16 bytes wide: tensors that are strided or start at odd places are copied.
-    fits = lambda z: z is None or z.is_contiguous() and z.data_ptr() % 16 == 0
-    x, weight, bias = (z if fits(z) else z.clone(memory_format=torch.contiguous_format) for z in (x, weight, bias))
-    y = x.new_empty(M, N)
-    if M == 0:
-        return y
-    pointers = [ctypes.c_void_p(None if z is None else z.data_ptr()) for z in (x, weight, alphas, bias, y)]
-    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None)
-    choice = x.dtype == torch.bfloat16, KERNELS.index(kernel), tokens
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        error = library.ternary_linear(*pointers, M, N, K, *choice, stream)
-    if error:
-        wrong = ValueError if error == -1 else KernelError  # -1: kernel.cu's REFUSED
-        raise wrong(f"kernel.cu: error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}")
-    return y
-
-
-def forced_kernel():
-    """TERDIT_KERNEL=off|auto|naive|few|mma|wgmma[:TOKENS], for experiments -> name, tokens."""
-    name, _, tokens = os.environ.get("TERDIT_KERNEL", "auto").partition(":")
-    if name not in (*KERNELS, "off") or not (tokens or "0").isdigit():
-        raise ValueError(f"TERDIT_KERNEL={name!r}, expected off, {', '.join(KERNELS)}, perhaps with :TOKENS")
-    return name, int(tokens or 0)
-
-
-def packed_path(device, dtype):
-    """How packed layers run there: "kernel" (kernel.cu), "blocks" (_linear_blocks) or "plain" (packed_linear_plain)."""
-    if forced_kernel()[0] == "off":
-        return "plain"
-    kind = torch.device(device).type
-    if kind == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return "blocks"
-    if kind == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return "kernel" if cuda_kernel(device) else "plain"
-    _announce(f"no kernel for {dtype} on {kind}: packed layers {SLOWLY}")
-    return "plain"
-
-
 def packed_linear_plain(x, weight, alphas, bias):
-    """The reference of the two fast paths: unpack to memory, scale as TernaryLinear does, multiply."""
+    """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N): unpack, scale, multiply."""
     return F.linear(x, unpack_ternary(weight).to(x.dtype) * alphas.to(x.dtype), bias)
-
-
-class _Scratch(threading.local):
-    """Memory kept from call to call, each thread its own: fresh pages would cost as much as what is done in them."""
-
-    bytes = torch.empty(0, dtype=torch.uint8)
-
-    def get(self, size):
-        if len(self.bytes) < size:
-            self.bytes = torch.empty(size, dtype=torch.uint8)
-            # Having freed a block of 31 MB (none of it touched), glibc keeps what is freed later instead of handing it
-            # back: without this line a forward of 600M faults 80,000 pages in again, a quarter of its time.
-            torch.empty(31 << 20, dtype=torch.uint8)
-        return self.bytes[:size]
-
-
-_scratch = _Scratch()
-
-
-@lru_cache(maxsize=None)
-def cpu_kernel():
-    """The part of kernel.cu that is for CPUs, or None and a warning that says why.
-
-    Each process that needs it compiles it, which takes less than a second: there is nothing to cache.
-    """
-    flags = "-x c++ -std=c++17 -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, str(Path(__file__).with_name("kernel.cu")), "-o"]
-    try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            command.append(f"{folder}/kernel.so")
-            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-            return ctypes.CDLL(command[-1])
-    except Exception as e:  # no compiler, one without OpenMP, a folder from which nothing may be run
-        why = first_line(getattr(e, "stderr", None) or e)
-        _announce(f"kernel.cu's CPU part is not used ({why}): packed layers are widened by PyTorch, slower")
-        return None
-
-
-def widen(library, packed, out):
-    """packed (n, K) uint8 -> out (4, n, K) of -2, 0 and 2, in bf16, fp16 or fp32; both contiguous. See kernel.cu."""
-    pointers = (ctypes.c_void_p(z.data_ptr()) for z in (packed, out))
-    library.widen(*pointers, ctypes.c_long(packed.numel()), out.element_size())
-
-
-def widen_plain(packed, out):
-    """The same in PyTorch, where nothing can be compiled."""
-    size = out.element_size()
-    word, mask = (torch.int16, -(1 << 14)) if size == 2 else (torch.int32, -(1 << 30))
-    shifts = 8 * size - torch.tensor([8, 6, 4, 2], dtype=word).view(4, 1, 1)  # of a byte's four fields
-    torch.bitwise_left_shift(packed.to(word).bitwise_not_(), shifts, out=out.view(word)).bitwise_and_(mask)
-
-
-def _linear_blocks(x, weight, alphas, bias):
-    """x (M, K), weight (N/4, K) uint8 -> (M, N), widening one block of rows after the other into the same few MB."""
-    if (weight.dtype, weight.device) != (torch.uint8, x.device):  # what follows works with pointers
-        raise ValueError(f"weight of uint8 on {x.device} wanted, got {weight.dtype} on {weight.device}")
-    (M, K), n, size, library = x.shape, len(weight), x.element_size(), cpu_kernel()
-    rows = min(n, max(1, (12 << 20) // (4 * K * size)))  # widened, 12 MB: in cache, and still a large matmul
-    scratch = _scratch.get(4 * rows * K * size).view(x.dtype)
-    half = alphas.item() / 2
-    y = x.new_empty(M, 4, n) if rows < n else None
-    for r in range(0, n, rows):
-        part = weight[r : r + rows].contiguous()
-        block = scratch[: 4 * part.numel()].view(4, *part.shape)
-        if library:
-            widen(library, part, block)
-        else:
-            widen_plain(part, block)
-        w = block.flatten(0, 1)  # (4 * rows, K) of -2, 0 and 2
-        b = None if bias is None else bias.view(4, n)[:, r : r + rows].flatten()
-        if size == 4:  # alpha where TernaryLinear has it, which makes the same bits
-            out = F.linear(x, w.mul_(half), b)
-        else:  # alpha within the matmul: free there, and in fp32
-            out = torch.addmm(x.new_empty(len(w)) if b is None else b, x, w.t(), beta=int(b is not None), alpha=half)
-        if y is None:
-            return out
-        y[:, :, r : r + rows] = out.view(M, 4, -1)
-    return y.flatten(1)
-
-
-def packed_linear(
-    x: torch.Tensor, weight: torch.Tensor, alphas: torch.Tensor, bias: Optional[torch.Tensor]
-) -> torch.Tensor:
-    """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N), by the path of packed_path."""
-    path, rows = packed_path(x.device, x.dtype), x.reshape(-1, x.shape[-1])
-    shape = (*x.shape[:-1], 4 * len(weight))
-    alphas, bias = alphas.float(), bias if bias is None else bias.to(x.dtype)
-    if path == "kernel":
-        if shape[-1] % 32 or x.shape[-1] % 16:
-            size = f"{shape[-1]}x{x.shape[-1]}"
-            _announce(f"a layer of {size} fits no tile of kernel.cu (N % 32, K % 16): naive kernel, slow")
-        try:
-            return launch_kernel(cuda_kernel(x.device), rows, weight, alphas, bias, *forced_kernel()).view(shape)
-        except KernelError as e:
-            _announce(f"{e}: packed layers {SLOWLY}")
-    return (_linear_blocks if path == "blocks" else packed_linear_plain)(rows, weight, alphas, bias).view(shape)
-
-
-# One operator to torch.compile, which could not look into it. Without torch.compile it would cost 50 us a call.
-_packed_linear_op = torch.library.custom_op("terdit::packed_linear", packed_linear, mutates_args=())
-
-
-@_packed_linear_op.register_fake
-def _(x, weight, alphas, bias):
-    return x.new_empty(*x.shape[:-1], 4 * len(weight))
 
 
 class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
-    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. The bytes stay as they are in the
-    checkpoint: every path reads them so. In fp32 on a CPU it gives the same bits as TernaryLinear (above 3M weights,
-    where blocks are multiplied one by one, the same to rounding).
+    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. In fp32 on a CPU it gives the same
+    bits as TernaryLinear. Models are built of FastPackedTernaryLinear (section 7), which never holds a large unpacked
+    matrix; in fp32 its bits are the same up to BLOCK_BYTES of unpacked weights, and the same to rounding above.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -830,28 +658,26 @@ class PackedTernaryLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x):
-        if x.shape[-1] != self.weight.shape[1]:
-            raise ValueError(f"x of (..., {self.weight.shape[1]}) wanted, got {tuple(x.shape)}")
-        if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, self.alphas, self.bias)):
-            return packed_linear_plain(x, self.weight, self.alphas, self.bias)  # the one with a backward
-        linear = _packed_linear_op if torch.compiler.is_compiling() else packed_linear
-        return linear(x, self.weight, self.alphas, self.bias)
+        return packed_linear_plain(x, self.weight, self.alphas, self.bias)
 
 
 @torch.no_grad()
 def pack_model(model):
     """A DiT of TernaryLinear layers -> a new DiT of PackedTernaryLinear layers, in eval mode on the same device.
 
-    Its fp32 output equals the training model's bit for bit, on a CPU and with layers of up to 3M weights.
+    Without gradients, on a CPU in fp32, its output equals the model's bit for bit if no layer is over BLOCK_BYTES.
     """
     with torch.device("meta"):
         packed = DiT(model.config, packed=True)
     ternary = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
     state = {}
     for name, value in model.state_dict().items():
-        if name in ternary and not bool(value.isfinite().all()):
-            raise ValueError(f"{name} holds values that are not finite: nothing to pack")
-        state[name] = pack_ternary(ternarize(value)) if name in ternary else value.clone()
+        if name not in ternary:
+            state[name] = value.clone()
+        elif bool(value.isfinite().all()):
+            state[name] = pack_ternary(ternarize(value))
+        else:
+            raise ValueError(f"{name} holds values that are not finite: it cannot be packed")
     packed.load_state_dict(state, assign=True)
     return packed.eval().requires_grad_(False)
 
@@ -865,28 +691,23 @@ FORMAT = "terdit-1"
 def atomic_write(path, write):
     """write(file) into a file beside `path`, then rename it: a crash or a full disk leaves the old file whole."""
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    tmp_path = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(tmp_path, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except RuntimeError as e:  # what torch.save makes of a full disk
+        os.replace(tmp_path, path)
+    except RuntimeError as e:  # what torch.save raises when the disk is full
         raise OSError(f"{path}: cannot be written ({first_line(e)})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, model):
     """Write a DiT, packed or not, with its Config. load_model reads it back."""
-    state, flat = model.state_dict(), {}
-    for dtype in {v.dtype for v in state.values()}:
-        names = [k for k in state if state[k].dtype == dtype]
-        # Views of one storage a dtype: torch.save then writes 2 records instead of one a tensor, 300 bytes less each.
-        parts = torch.cat([state[k].flatten().cpu() for k in names]).split([state[k].numel() for k in names])
-        flat |= {k: part.view(state[k].shape) for k, part in zip(names, parts)}
-    ckpt = {"format": FORMAT, "config": asdict(model.config), "model": {k: flat[k] for k in state}}
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    ckpt = {"format": FORMAT, "config": asdict(model.config), "model": state}
     atomic_write(path, lambda file: torch.save(ckpt, file))
 
 
@@ -900,57 +721,84 @@ def read_checkpoint(path, expected):
         raise ValueError(f"{path}: not {expected}, or cut short ({first_line(e)})") from None
 
 
-def _read_released(folder):
-    """A released TerDiT or Large-DiT folder -> Config fields, state dict. Sizes come from the tensors' shapes."""
+def released_config(state, args):
+    """Config fields of a released TerDiT or Large-DiT, from its tensors' shapes and its argparse.Namespace."""
+    patch_size = 2  # every released model's name ends in _patch2
+    dim, patch_dim = state["x_embedder.weight"].shape
+    num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
+    ffn_dim = state["layers.0.feed_forward.w2.weight"].shape[-1]
+    multiple_of = 1  # it is stored nowhere: the largest that gives this width
+    for candidate in (32, 64, 128, 256):
+        if math.ceil(int(8 * dim / 3) / candidate) * candidate == ffn_dim:
+            multiple_of = candidate
+    return dict(
+        input_size=int(getattr(args, "image_size", 256)) // 8,
+        patch_size=patch_size,
+        in_channels=patch_dim // patch_size**2,
+        dim=dim,
+        n_layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers.")),
+        n_heads=32,
+        multiple_of=multiple_of,
+        num_classes=num_classes,
+        learn_sigma=len(state["final_layer.linear.weight"]) == 2 * patch_dim,
+        qk_norm="layers.0.attention.q_norm.weight" in state,
+        ternary="layers.0.attention.wq.alphas" in state,
+        adaln_norm="layers.0.adaLN_modulation.2.weight" in state,
+        vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
+        # Upstream numbered the classes by their indices as strings: 0, 1, 10, 100, 101, ... so 207 is row 121.
+        class_names=sorted(str(i) for i in range(num_classes)),
+    )
+
+
+def read_released(folder):
+    """A released TerDiT or Large-DiT folder -> Config fields, state dict."""
     from argparse import Namespace  # the one class that upstream's model_args.pth needs; nothing else may be unpickled
 
-    files = [folder / f"{name}.00-of-01.pth" for name in ("consolidated_ema_ternary", "consolidated_ema")]
-    found = [f for f in files if f.is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder}: a released folder holds {' or '.join(f.name for f in files)}")
+    candidates = [folder / "consolidated_ema_ternary.00-of-01.pth", folder / "consolidated_ema.00-of-01.pth"]
+    weights = next((path for path in candidates if path.is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"{folder}: a released folder holds {' or '.join(path.name for path in candidates)}")
     with torch.serialization.safe_globals([Namespace]):
         args = read_checkpoint(folder / "model_args.pth", "a released model's arguments")
-    state = read_checkpoint(found[0], "a released model's weights")
-    patch_size = 2  # every released model's name ends in _patch2
+    state = read_checkpoint(weights, "a released model's weights")
     try:
-        dim, patch_dim = state["x_embedder.weight"].shape
-        num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        ffn_dim = state["layers.0.feed_forward.w2.weight"].shape[-1]
-        config = dict(
-            input_size=int(getattr(args, "image_size", 256)) // 8,
-            patch_size=patch_size,
-            in_channels=patch_dim // patch_size**2,
-            dim=dim,
-            n_layers=1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers.")),
-            n_heads=32,
-            multiple_of=next((m for m in (256, 128, 64, 32) if -(-int(8 * dim / 3) // m) * m == ffn_dim), 1),
-            num_classes=num_classes,
-            learn_sigma=len(state["final_layer.linear.weight"]) == 2 * patch_dim,
-            qk_norm="layers.0.attention.q_norm.weight" in state,
-            ternary="layers.0.attention.wq.alphas" in state,
-            adaln_norm="layers.0.adaLN_modulation.2.weight" in state,
-            vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
-            # Upstream numbered the classes by their indices as strings: 0, 1, 10, 100, 101, ... so 207 is row 121.
-            class_names=sorted(str(i) for i in range(num_classes)),
-        )
+        return released_config(state, args), state
     except (LookupError, ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f"{found[0]}: not the weights of a TerDiT or Large-DiT ({e})") from None
-    return config, state
+        raise ValueError(f"{weights}: not the weights of a TerDiT or Large-DiT ({e})") from None
 
 
 def read_model(path):
     """A file of save_checkpoint or a released folder -> Config fields, state dict (on the CPU, mapped, not copied)."""
-    path, what = Path(path), f"a checkpoint of this project (format {FORMAT!r})"
+    path = Path(path)
+    expected = f"a checkpoint of this project (format {FORMAT!r})"
     if (path / "run.json").is_file():
         raise ValueError(f"{path}: a training state: take the packed.pt beside it")
     if path.is_dir():
-        return _read_released(path)
-    ckpt = read_checkpoint(path, what)
+        return read_released(path)
+    ckpt = read_checkpoint(path, expected)
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
-        raise ValueError(f"{path}: not {what}, but a foreign file")
+        raise ValueError(f"{path}: not {expected}, but a foreign file")
     if not (isinstance(ckpt.get("config"), dict) and isinstance(ckpt.get("model"), dict)):
-        raise ValueError(f"{path}: damaged: {what} holds a config and a model")
+        raise ValueError(f"{path}: damaged: {expected} holds a config and a model")
     return ckpt["config"], ckpt["model"]
+
+
+def checked_state(state, packed, dtype):
+    """The tensors of a checkpoint, their types checked, and those of the full-precision layers cast to dtype.
+
+    Alphas and latent weights stay fp32: a latent weight in bf16 could round to another code.
+    """
+    ternary = {name.removesuffix("alphas") + "weight" for name in state if name.endswith("alphas")}
+    checked = {}
+    for name, value in state.items():
+        if packed and name in ternary:
+            check_packed(value, name)
+        elif not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype}, expected floating point")
+        elif name not in ternary and not name.endswith("alphas"):
+            value = value.to(dtype)
+        checked[name] = value
+    return checked
 
 
 def load_model(path, device="cpu", dtype=torch.float32, **overrides):
@@ -960,21 +808,318 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     replace Config fields: a released folder does not say n_heads (32 in all of them). Raises ValueError or
     FileNotFoundError, naming the file.
     """
-    config, state = read_model(path)
+    fields, state = read_model(path)
     try:
-        config = Config(**{**config, **overrides})
+        config = Config(**{**fields, **overrides})
         packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
         with torch.device("meta"):
             model = DiT(config, packed=packed)
-        ternary = {k.removesuffix("alphas") + "weight" for k in state if k.endswith("alphas")}
-        for name, value in state.items():
-            if packed and name in ternary:
-                check_packed(value, name)
-            elif not value.is_floating_point():
-                raise ValueError(f"{name} is {value.dtype}, expected floating point")
-            elif name not in ternary and not name.endswith("alphas"):  # rounded latents would round to other codes
-                state[name] = value.to(dtype)
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(checked_state(state, packed, dtype), assign=True)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path}: damaged, or its config is wrong: {' '.join(str(e).split())[:300]}") from None
     return model.to(device).eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Fast paths: skip on first reading
+#
+# Models are built of these. FastTernaryLinear puts out what TernaryLinear does, FastPackedTernaryLinear what
+# PackedTernaryLinear does; tests hold each pair together. A packed layer runs in one of three ways, which packed_path
+# chooses; where a gradient is wanted, the layer itself takes the plain one:
+#
+#     "kernel"  on a GPU, in bf16 or fp16: kernel.cu multiplies by the packed bytes
+#     "blocks"  on a CPU: a few MB of weights at a time are dequantized and multiplied by PyTorch
+#     "plain"   everywhere else: packed_linear_plain; a warning says so once
+
+SLOWLY = "unpack in plain PyTorch at every call, slower"
+
+
+@lru_cache(maxsize=None)
+def announce_once(message):
+    warnings.warn(message, stacklevel=2)
+
+
+def first_line(e):
+    """What an exception says, in one line; its type where it says nothing."""
+    text = str(e).strip()
+    return text.splitlines()[0][:200] if text else type(e).__name__
+
+
+class _ScaledTernaryWeight(torch.autograd.Function):
+    """(ternarize(weight) * alphas).to(dtype), with fewer passes over memory: this runs on every weight at every step.
+
+    The forward pass works in one buffer. For the backward pass it keeps the scaled weight alone, which F.linear keeps
+    too; the plain expression would also keep the codes. tests/bench_qat.py prints what is left of the cost.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, alphas, dtype):
+        buffer = weight.abs()
+        gamma = buffer.mean() + TERNARY_EPS
+        torch.div(weight, gamma, out=buffer).round_().clamp_(-1, 1)
+        scaled = buffer.mul_(alphas).to(dtype)
+        ctx.save_for_backward(scaled, alphas)
+        return scaled
+
+    @staticmethod
+    def backward(ctx, grad):
+        scaled, alphas = ctx.saved_tensors
+        if grad.dtype == torch.float32:
+            grad_dot_scaled = torch.dot(grad.flatten(), scaled.flatten())
+        else:
+            grad_dot_scaled = torch.linalg.vecdot(grad, scaled).sum(dtype=torch.float32)
+            grad = grad.float()
+        # d/dalpha = <grad, codes>. The codes are not kept, but scaled = alpha * codes, so it is <grad, scaled> / alpha.
+        # At an alpha of exactly 0 that would be 0 / 0: it gets no gradient.
+        grad_alphas = torch.where(alphas == 0, alphas, grad_dot_scaled / alphas)
+        if torch.is_grad_enabled():  # create_graph=True: for a second derivative `grad` must not be overwritten
+            return grad * alphas, grad_alphas, None
+        # In place, because a copy would cost more than the arithmetic. F.linear's backward made `grad` for this
+        # function alone, so nobody else sees the change.
+        return grad.mul_(alphas), grad_alphas, None
+
+
+class FastTernaryLinear(TernaryLinear):
+    """TernaryLinear, with the weight made by _ScaledTernaryWeight directly in the dtype that the matmul takes."""
+
+    def forward(self, x):
+        dtype = x.dtype
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return F.linear(x, _ScaledTernaryWeight.apply(self.weight, self.alphas, dtype), self.bias)
+
+
+class FastPackedTernaryLinear(PackedTernaryLinear):
+    """PackedTernaryLinear by packed_linear."""
+
+    def forward(self, x):
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"x of (..., {self.weight.shape[1]}) wanted, got {tuple(x.shape)}")
+        if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, self.alphas, self.bias)):
+            return super().forward(x)  # only the plain path has a backward pass
+        return packed_linear(x, self.weight, self.alphas, self.bias)
+
+
+def packed_path(device, dtype):
+    """How packed layers run on this device in this dtype: "kernel", "blocks" or "plain"."""
+    if forced_kernel()[0] == "off":
+        return "plain"
+    kind = torch.device(device).type
+    if kind == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return "blocks"
+    if kind == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "kernel" if cuda_kernel(device) else "plain"
+    announce_once(f"no kernel for {dtype} on {kind}: packed layers {SLOWLY}")
+    return "plain"
+
+
+def packed_linear(x, weight, alphas, bias):
+    """packed_linear_plain, by the fastest path there is."""
+    path = packed_path(x.device, x.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    alphas = alphas.float()
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if path == "kernel":
+        try:
+            y = launch_kernel(cuda_kernel(x.device), rows, weight, alphas, bias, *forced_kernel())
+        except KernelError as e:
+            announce_once(f"{e}: packed layers {SLOWLY}")
+            path = "plain"
+    if path == "blocks":
+        y = linear_in_blocks(rows, weight, alphas, bias)
+    elif path == "plain":
+        y = packed_linear_plain(rows, weight, alphas, bias)
+    return y.view(*x.shape[:-1], 4 * len(weight))
+
+
+# kernel.cu on a GPU ---------------------------------------------------------------------------------------------------
+
+KERNELS = ("auto", "naive", "small_batch", "mma", "wgmma")  # in the order of kernel.cu's enum
+REFUSED = -1  # kernel.cu's code for arguments that no kernel takes
+
+
+class KernelError(RuntimeError):
+    """A launch that CUDA refuses."""
+
+
+def forced_kernel():
+    """TERDIT_KERNEL=off|auto|naive|small_batch|mma|wgmma[:TOKENS], for experiments -> name, tokens."""
+    name, _, tokens = os.environ.get("TERDIT_KERNEL", "auto").partition(":")
+    if name not in (*KERNELS, "off") or not (tokens or "0").isdigit():
+        raise ValueError(f"TERDIT_KERNEL={name!r}, expected off, {', '.join(KERNELS)}, perhaps with :TOKENS")
+    return name, int(tokens or 0)
+
+
+@lru_cache(maxsize=None)
+def cuda_kernel(device):
+    """kernel.cu as a ctypes library for `device`, compiled on first use, or None and a warning that names the reason.
+
+    It takes pointers and a stream and includes nothing of torch, whose headers would make the build take a minute.
+    """
+    try:
+        from torch.utils.cpp_extension import load
+
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise RuntimeError(f"this GPU is sm_{major}{minor}, the kernels need sm_80 or later")
+        arch = f"{major}{minor}"
+        if major == 9:
+            arch += "a"  # wgmma exists in sm_90a alone, which torch's own flags leave out
+        warnings.warn(f"building kernel.cu for sm_{arch}: once, some seconds", stacklevel=2)
+        flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        source = Path(__file__).with_name("kernel.cu")
+        library = load(f"terdit_sm_{arch}", [str(source)], extra_cuda_cflags=flags, is_python_module=False)
+        return ctypes.CDLL(library)
+    except Exception as e:  # no nvcc, no compiler, no ninja, a driver that is too old, an edit that does not compile
+        announce_once(f"kernel.cu is not used ({first_line(e)}): packed layers {SLOWLY}")
+        return None
+
+
+def as_kernel_input(z):
+    """z, copied if it is strided or does not start at a multiple of 16 bytes: the kernels load 16 bytes at a time."""
+    if z is None or (z.is_contiguous() and z.data_ptr() % 16 == 0):
+        return z
+    return z.clone(memory_format=torch.contiguous_format)
+
+
+def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
+    """kernel.cu's ternary_linear: x (M, K) bf16 or fp16, weight (N/4, K) uint8 -> (M, N).
+
+    kernel: auto, naive, small_batch (M <= 16), mma or wgmma; tokens: of a thread block's tile, 0 for the best. The
+    pointers are raw, so everything is checked here: ValueError says what was got. KernelError: CUDA refused the launch.
+    """
+    M, K = x.shape
+    N = 4 * len(weight)
+    if x.dtype not in (torch.bfloat16, torch.float16) or max(M, N, K) >= 1 << 31:
+        raise ValueError(f"kernel.cu takes x of bfloat16 or float16, below 2^31 rows, got {tuple(x.shape)} {x.dtype}")
+    for name, z, shape, dtype in (
+        ("weight", weight, (N // 4, K), torch.uint8),
+        ("alphas", alphas, (1,), torch.float32),
+        ("bias", bias, (N,), x.dtype),
+    ):
+        wanted = [shape, dtype, x.device]
+        if z is not None and [tuple(z.shape), z.dtype, z.device] != wanted:
+            got = [tuple(z.shape), z.dtype, z.device]
+            raise ValueError(f"{name} of {wanted} wanted for x of {tuple(x.shape)}, got {got}")
+    if kernel == "auto" and (N % 32 or K % 16):
+        announce_once(f"a layer of {N}x{K} fits no tile of kernel.cu (N % 32, K % 16): naive kernel, slow")
+    x = as_kernel_input(x)
+    weight = as_kernel_input(weight)
+    bias = as_kernel_input(bias)
+    y = x.new_empty(M, N)
+    if M == 0:
+        return y
+    pointers = [ctypes.c_void_p(None if z is None else z.data_ptr()) for z in (x, weight, alphas, bias, y)]
+    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None)
+    is_bf16 = x.dtype == torch.bfloat16
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        error = library.ternary_linear(*pointers, M, N, K, is_bf16, KERNELS.index(kernel), tokens, stream)
+    if error:
+        message = f"kernel.cu: error {error} for M={M} N={N} K={K}, kernel {kernel!r}, tokens {tokens}"
+        raise ValueError(message) if error == REFUSED else KernelError(message)
+    return y
+
+
+# On a CPU -------------------------------------------------------------------------------------------------------------
+
+BLOCK_BYTES = 12 << 20  # of dequantized weights: small enough for the cache, large enough for an efficient matmul
+
+
+class _Scratch(threading.local):
+    """Memory kept from call to call, for each thread its own: page faults of new memory cost as much as the work."""
+
+    bytes = torch.empty(0, dtype=torch.uint8)
+
+    def get(self, size):
+        if len(self.bytes) < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+            # glibc returns large freed blocks to the system, and the next call must fault their pages in again: 80,000
+            # faults, a quarter of a 600M forward pass. Once a block of 31 MB has been freed, glibc keeps blocks up to
+            # that size. This one is never written to, so it takes no memory.
+            torch.empty(31 << 20, dtype=torch.uint8)
+        return self.bytes[:size]
+
+
+scratch = _Scratch()
+
+
+@lru_cache(maxsize=None)
+def cpu_kernel():
+    """The CPU part of kernel.cu as a ctypes library, or None and a warning that says why.
+
+    Each process that needs it compiles it, in less than a second. No file is kept.
+    """
+    flags = "-x c++ -std=c++17 -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
+    source = Path(__file__).with_name("kernel.cu")
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            library = f"{folder}/kernel.so"
+            command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, str(source), "-o", library]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            return ctypes.CDLL(library)
+    except Exception as e:  # no compiler, one without OpenMP, a folder from which nothing may be run
+        compilers_words = getattr(e, "stderr", None)
+        reason = first_line(compilers_words or e)
+        announce_once(f"kernel.cu's CPU part is not used ({reason}): packed layers are dequantized by PyTorch, slower")
+        return None
+
+
+def dequantize(library, packed, out):
+    """packed (n, K) uint8 -> out (4, n, K) of -2, 0 and 2, in bf16, fp16 or fp32; both contiguous. See kernel.cu."""
+    packed_pointer = ctypes.c_void_p(packed.data_ptr())
+    out_pointer = ctypes.c_void_p(out.data_ptr())
+    library.dequantize(packed_pointer, out_pointer, ctypes.c_long(packed.numel()), out.element_size())
+
+
+def dequantize_plain(packed, out):
+    """The same in PyTorch, for machines without a C++ compiler.
+
+    A field of a byte is 0, 1 or 2. Inverted it is 11, 10 or 01 in binary. As the two top bits of a float (the sign and
+    the highest exponent bit) these are -2, -0 and 2. So each field moves to the top of a word, and the rest is cleared.
+    """
+    if out.element_size() == 2:
+        word = torch.int16
+        top_bits = -0x4000  # 0xC000: torch's integers are signed
+    else:
+        word = torch.int32
+        top_bits = -0x40000000  # 0xC0000000
+    word_bits = 8 * out.element_size()
+    shifts = word_bits - torch.tensor([8, 6, 4, 2], dtype=word).view(4, 1, 1)  # of a byte's four fields
+    inverted = packed.to(word).bitwise_not_()
+    words = out.view(word)
+    torch.bitwise_left_shift(inverted, shifts, out=words)
+    words.bitwise_and_(top_bits)
+
+
+def linear_in_blocks(x, weight, alphas, bias):
+    """x (M, K), weight (N/4, K) uint8 -> (M, N), dequantizing one block of rows after another into the same memory."""
+    if weight.dtype != torch.uint8 or weight.device != x.device:  # the C++ works with raw pointers
+        raise ValueError(f"weight of uint8 on {x.device} wanted, got {weight.dtype} on {weight.device}")
+    M, K = x.shape
+    n = len(weight)
+    bytes_per_row = 4 * K * x.element_size()  # a row of bytes is four rows of weights
+    block_rows = min(n, max(1, BLOCK_BYTES // bytes_per_row))
+    memory = scratch.get(block_rows * bytes_per_row).view(x.dtype)
+    library = cpu_kernel()
+    half_alpha = alphas.item() / 2  # the weights are dequantized to -2, 0 and 2
+    y = x.new_empty(M, 4, n) if block_rows < n else None
+    for first in range(0, n, block_rows):
+        packed = weight[first : first + block_rows].contiguous()
+        quarters = memory[: 4 * packed.numel()].view(4, *packed.shape)
+        if library:
+            dequantize(library, packed, quarters)
+        else:
+            dequantize_plain(packed, quarters)
+        w = quarters.flatten(0, 1)  # (4 * block_rows, K)
+        b = None if bias is None else bias.view(4, n)[:, first : first + block_rows].flatten()
+        if x.dtype == torch.float32:
+            out = F.linear(x, w.mul_(half_alpha), b)  # exactly what TernaryLinear computes
+        elif b is None:
+            out = torch.addmm(x.new_empty(len(w)), x, w.t(), beta=0, alpha=half_alpha)  # alpha costs nothing in addmm
+        else:
+            out = torch.addmm(b, x, w.t(), alpha=half_alpha)
+        if y is None:
+            return out
+        y[:, :, first : first + block_rows] = out.view(M, 4, -1)
+    return y.flatten(1)

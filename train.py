@@ -3,11 +3,13 @@
     python train.py                                        the CPU demo: digits in minutes
     python train.py --data DIR --image-size 64             your images, one subfolder a class
     python train.py --size 600M --data DIR --vae VAE       the paper's model, on latents that are made once
-    torchrun --nproc-per-node=8 train.py --size 4.2B ...   many GPUs; --plan says what each of them will hold
+    torchrun --nproc-per-node=8 train.py --size 4.2B ...   many GPUs
 
 The same command resumes a run that was stopped, on any number of processes. Everything random is a function of --seed,
 the step and a sample's place in the batch: a resumed run equals an uninterrupted one, on one CPU process bit for bit,
 and more processes change no more than the order of additions.
+
+The file reads from the settings down: data, batches, optimizer, many processes, saved states, log, a step, the loop.
 """
 
 import argparse
@@ -21,34 +23,99 @@ import sys
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import STEPS, Progress, check_common, generator, load_decoder, load_encoder, positive, run, sample_images
+from sample import STEPS, Progress, check_common, generator, load_decoder, load_vae, positive, run_main, sample_images
 from sample import save_grid
-from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
+from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, pack_model, save_checkpoint, unpack_ternary
 
-# What a size is trained with unless a flag says otherwise. The demo's was tuned for minutes on two cores; the paper's
-# sizes follow the paper: 448M images at 600M, in batches of 256.
-DEMO = dict(batch=16, steps=4500, lr=4e-3, warmup=50, ema=0.995, betas=(0.9, 0.99), decay=0.3, image_size=24)
-PAPER = dict(batch=256, steps=1_750_000, lr=1e-4, warmup=1000, ema=0.9999, betas=(0.9, 0.999), decay=0.0, image_size=32)
-STATE, CACHE = "terdit-state-2", "terdit-cache-1"
-UNREAD, BROKEN = -2, -1  # labels of images that are not in the cache yet, and that cannot be
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class TrainConfig:
+    """What a run is trained with. Each field is a flag; the values here are those of the paper's sizes."""
+
+    size: str | None = None  # a name in terdit.SIZES; None with init
+    init: str | None = None  # start from this checkpoint
+    data: str | None = None  # folder with a subfolder of images for each class, or a cache; None: the embedded digits
+    vae: str | None = None  # train on the latents of this VAE
+    image_size: int = 32  # pixels; 256 with a VAE
+    full_precision: bool = False  # no ternary weights: the paper's baseline
+    no_adaln_norm: bool = False  # the paper's ablation
+
+    qk_norm: bool | None = None  # LayerNorm on q and k; None: on for the paper's sizes, trained from scratch
+
+    batch: int = 256  # images a step, of all processes together
+    micro_batch: int | None = None  # images at a time within a step; None: as many as fit in memory
+    steps: int = 1_750_000
+    lr: float = 1e-4  # Large-DiT's; nobody has verified it for ternary weights at these sizes
+    warmup: int = 1000  # steps
+    betas: tuple = (0.9, 0.999)
+    decay: float = 0.0  # weight decay of the blocks' matrices
+    decay_until: float = 0.5  # share of the steps after which there is none (two stages, as in BitNet b1.58's notes)
+    ema: float = 0.9999  # what is exported is an average of the weights
+    seed: int = 0
+
+    out: Path | None = None  # run folder
+    fresh: bool = False  # start over where the run folder holds a state
+    save_every: int = 1000  # steps; the last two states are kept
+    sample_every: int | None = None  # steps; None: a quarter of the run
+    grid: int | None = None  # images in a sample grid
+    checkpointing: bool = False  # compute a block's activations twice instead of keeping them
+    compile: bool = False
+    device: str = "cpu"
+    dtype: str | None = None  # of matmuls; None: bf16 where the hardware has it
+
+
+PAPER = TrainConfig()  # 600M: 448M images. The paper gives no batch; 256 is our reading, 875,000 steps of 512 fits as well
+PAPER_LARGE = TrainConfig(batch=512, steps=1_180_000)  # 4.2B: 604M images, as the released 3B_1180000 has it
+PAPER_LARGE_512 = TrainConfig(batch=512, steps=1_360_000)  # 4.2B at 512 pixels: 696M images, inferred from the paper's
+DEMO = TrainConfig(  # tiny and small, tuned for minutes on two cores
+    image_size=24,
+    batch=16,
+    steps=4500,
+    lr=4e-3,
+    warmup=50,
+    betas=(0.9, 0.99),
+    decay=0.3,  # keeps latent weights small, so that codes go on flipping: see make_optimizer
+    decay_until=1.0,
+    ema=0.995,
+)
+
+
+def recipe_of(model_config, image_size):
+    """What a model of this size is trained with where the command does not say."""
+    if model_config.prediction == "v":  # tiny, small, and what was trained like them
+        return DEMO
+    if model_config.dim < SIZES["4.2B"]["dim"]:
+        return PAPER
+    return PAPER_LARGE_512 if image_size == 512 else PAPER_LARGE
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the embedded digits in memory, or a memory-mapped cache of images or latents
+
+CACHE = "terdit-cache-1"
+UNREAD = -2  # label of an image that is not in the cache yet
+BROKEN = -1  # label of an image that cannot be read
 
 
 @lru_cache(maxsize=None)
@@ -58,38 +125,48 @@ def glyph(digit, stroke):
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=96)
     left, top, right, bottom = draw.textbbox((0, 0), digit, font=font, stroke_width=stroke)
-    centre = (192 - left - right) / 2, (192 - top - bottom) / 2
+    centre = ((192 - left - right) / 2, (192 - top - bottom) / 2)
     draw.text(centre, digit, fill=255, font=font, stroke_width=stroke)
     return image
 
 
+def draw_digit(digit, size, rng):
+    """One bright digit on a dark colour gradient, as rng has it -> (size, size, 3) in [0, 1]."""
+    large = 4 * size  # drawn at four times the size, then averaged down
+    turn = rng.uniform(-0.12, 0.12)  # radians
+    slant = rng.uniform(-0.2, 0.2)
+    stretch = rng.uniform(0.9, 1.15)
+    rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    to_source = rotation @ [[stretch, slant], [0, 1]] * rng.uniform(0.43, 0.53) * 192 / large  # pixel -> glyph pixel
+    offset = 96 - to_source @ (large / 2 + rng.uniform(-0.05, 0.05, 2) * large)
+    source = glyph(str(digit), int(rng.integers(1, 5)))
+    affine = (*to_source[0], offset[0], *to_source[1], offset[1])
+    ink = source.transform((large, large), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR).reduce(4)
+    ink = np.asarray(ink, np.float32)[..., None] / 255  # (H, W, 1)
+
+    colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.3, 1), 1))
+    dark1 = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(), rng.uniform(0.05, 0.35)))
+    dark2 = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(), rng.uniform(0.05, 0.35)))
+    angle = rng.uniform(0, 2 * math.pi)
+    line = np.linspace(-1, 1, size)
+    xy = np.stack(np.meshgrid(line, line), axis=-1)  # (H, W, 2)
+    mix = 0.5 + xy @ [math.cos(angle), math.sin(angle)] / math.sqrt(8)
+    background = dark1 * mix[..., None] + dark2 * (1 - mix[..., None])
+    return background * (1 - ink) + colour * ink
+
+
 def digits(n, size=24, seed=0):
-    """The embedded data set: n bright digits on dark colour gradients, the same for the same seed.
+    """The embedded data set: n bright digits on dark gradients, the same for the same seed.
 
     -> images (n, 3, size, size) float32 in [-1, 1], labels (n,) int64. Turn, slant, size, weight, place and colours
-    vary. Centred and bright on dark is what a model learns in minutes.
+    vary. A model learns in minutes what is centred and bright on dark.
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n)
     images = np.empty((n, size, size, 3), np.float32)
-    across = np.stack(np.meshgrid(*[np.linspace(-1, 1, size)] * 2), axis=-1)  # (H, W, 2): x and y of each pixel
-    big = 4 * size  # drawn at four times the size, then averaged down
     for i in range(n):
-        turn, slant, stretch = rng.uniform(-0.12, 0.12), rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.15)
-        rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-        inverse = rotation @ [[stretch, slant], [0, 1]] * rng.uniform(0.43, 0.53) * 192 / big  # a pixel to its source
-        offset = 96 - inverse @ (big / 2 + rng.uniform(-0.05, 0.05, 2) * big)
-        source = glyph(str(labels[i]), int(rng.integers(1, 5)))
-        affine = (*inverse[0], offset[0], *inverse[1], offset[1])
-        ink = source.transform((big, big), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR).reduce(4)
-        ink = np.asarray(ink, np.float32)[..., None] / 255
-        colour = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.3, 1), 1)
-        dark = [np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(), rng.uniform(0.05, 0.35))) for _ in range(2)]
-        angle = rng.uniform(0, 2 * math.pi)
-        mix = 0.5 + across @ [math.cos(angle), math.sin(angle)] / math.sqrt(8)
-        background = dark[0] * mix[..., None] + dark[1] * (1 - mix[..., None])
-        images[i] = background * (1 - ink) + np.array(colour) * ink
-    return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, torch.from_numpy(labels)
+        images[i] = draw_digit(labels[i], size, rng)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).mul_(2).sub_(1), torch.from_numpy(labels)
 
 
 def load_image(path, size):
@@ -100,13 +177,17 @@ def load_image(path, size):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip to white
             deep = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((deep // (257 if deep.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+            if deep.max() > 255:
+                deep = deep // 257
+            image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.reduce(2)
     scale = size / min(image.size)
-    image = image.resize([max(size, round(s * scale)) for s in image.size], Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = (width - size) // 2
+    top = (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
@@ -116,31 +197,67 @@ def read_image(path, size):
         return load_image(path, size)
     except Exception as e:  # Pillow's decoders raise whatever they like on damaged files
         print(f"{path}: left out, cannot be read ({type(e).__name__}: {e})", file=sys.stderr)
+        return None
+
+
+def load_encoder(name, device):
+    """-> function of images (n, 3, H, W) uint8 to rows of the cache, and the latents' scale.
+
+    Rows are the images themselves, (n, 1, 3, H, W), or with a VAE scaled latents, plain and mirrored, (n, 2, C, h, w)
+    fp16: the means that the VAE gives, whose own spread is small against theirs.
+    """
+    if not name:
+
+        def keep(images):
+            return images[:, None]
+
+        return keep, 1.0
+    vae = load_vae(name, device)
+    scale = vae.config.scaling_factor
+    if getattr(vae.config, "shift_factor", None):
+        raise ValueError(f"--vae {name} shifts its latents, which a checkpoint here cannot say")
+
+    def encode(images):
+        both = np.stack([images, images[..., ::-1]], axis=1)  # (n, 2, 3, H, W): as they are, and mirrored
+        x = torch.from_numpy(both).to(device).float() / 127.5 - 1
+        z = vae.encode(x.flatten(0, 1)).latent_dist.mode() * scale
+        return z.unflatten(0, (len(images), 2)).half().cpu().numpy()
+
+    return encode, scale
 
 
 class Images:
     """x (n, 1, 3, H, W) uint8 or latents (n, 2, C, h, w) fp16, labels (n,), in memory or mapped; header: what they are.
 
-    [index (n,), flip (n,) bool] -> x0 (n, C, H, W) fp32, images in [-1, 1] or latents; labels (n,) int64.
+    images[index (m,), flip (m,) bool] -> x0 (m, C, H, W) fp32, images in [-1, 1] or latents; labels (m,) int64.
     """
 
     def __init__(self, x, labels, header):
-        self.x, self.labels, self.header, self.shape = x, labels, header, x.shape[2:]
+        self.x = x
+        self.labels = labels
+        self.header = header
+        self.shape = x.shape[2:]  # (C, H, W)
 
-    def __getitem__(self, index_flip):
-        index, flip = index_flip
-        labels = torch.from_numpy(self.labels[index])
-        if self.x.dtype != np.uint8:
-            return torch.from_numpy(self.x[index, flip.long()]).float(), labels
-        x0 = torch.from_numpy(self.x[index, 0]).float() / 127.5 - 1
+    def __getitem__(self, index_and_flip):
+        index, flip = index_and_flip
+        labels = torch.from_numpy(self.labels[index.numpy()])
+        if self.x.dtype != np.uint8:  # latents are stored mirrored too: to mirror a latent is not to mirror its image
+            return torch.from_numpy(self.x[index.numpy(), flip.long().numpy()]).float(), labels
+        x0 = torch.from_numpy(self.x[index.numpy(), 0]).float() / 127.5 - 1
         return torch.where(flip[:, None, None, None], x0.flip(-1), x0), labels
+
+
+def is_cache(folder):
+    return (folder / "header.json").is_file()
 
 
 def open_cache(cache, mode="r", **wanted):
     """The folder that make_cache made -> Images. ValueError names what is damaged or not as `wanted` (None: any)."""
     try:
         header = json.loads((cache / "header.json").read_text())
-        images = Images(*(np.load(cache / f"{name}.npy", mmap_mode=mode) for name in ("x", "labels")), header)
+        x = np.load(cache / "x.npy", mmap_mode=mode)
+        labels = np.load(cache / "labels.npy", mmap_mode=mode)
+        images = Images(x, labels, header)
     except (OSError, ValueError, EOFError) as e:
         raise ValueError(f"{cache}: cut short or damaged ({e}); delete it to read the images again") from None
     for field, here in (wanted | {"format": CACHE}).items():
@@ -149,84 +266,143 @@ def open_cache(cache, mode="r", **wanted):
     return images
 
 
-def make_cache(args, cache):
-    """List the images of --data, one subfolder a class, and put each through load_encoder, once.
-
-    -> the folder `cache`: header.json with the listing, and two mapped arrays, x.npy and labels.npy, where UNREAD marks
-    what is yet to do and BROKEN a file that cannot be read. So a stopped run goes on where it was. Processes share the
-    work, and threads read (Pillow decodes outside Python's lock).
-    """
-    folder, (rank, world) = Path(args.data), ranks()
+def class_folders(folder):
+    """Names of the subfolders of --data, one a class."""
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
     names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
         raise ValueError(f"--data {folder}: expected one subfolder of images a class, found no subfolder")
-    header = dict(format=CACHE, vae=args.vae, image_size=args.image_size, class_names=names)
-    blank, (encode, scale) = np.zeros((3, *[args.image_size] * 2), np.uint8), load_encoder(args.vae, args.device)
-    if rank == 0 and not (cache / "header.json").is_file():
-        endings, row = Image.registered_extensions(), encode(blank[None])[0]
-        found = [(label, f) for label, name in enumerate(names) for f in sorted((folder / name).rglob("*"))]
-        files = [(str(f.relative_to(folder)), label) for label, f in found if f.suffix.lower() in endings]
-        if not files:
-            raise ValueError(f"--data {folder}: its {len(names)} class folders hold no images")
-        cache.mkdir(exist_ok=True)
-        np.lib.format.open_memmap(cache / "x.npy", "w+", row.dtype, (len(files), *row.shape)).flush()
-        with open(cache / "x.npy", "r+b") as file:  # of a full disk a mapped file would learn by a bus error
-            getattr(os, "posix_fallocate", lambda *a: None)(file.fileno(), 0, os.path.getsize(file.name))
-        np.save(cache / "labels.npy", np.full(len(files), UNREAD))
-        text = json.dumps(header | dict(latent_scale=scale, source=str(folder), files=files)).encode()
-        atomic_write(cache / "header.json", lambda file: file.write(text))
+    return names
+
+
+def create_cache(cache, folder, header, row):
+    """An empty cache with the listing of `folder`: header.json, x.npy for rows like `row`, labels.npy of UNREAD."""
+    endings = Image.registered_extensions()
+    files = []
+    for label, name in enumerate(header["class_names"]):
+        for path in sorted((folder / name).rglob("*")):
+            if path.suffix.lower() in endings:
+                files.append((str(path.relative_to(folder)), label))
+    if not files:
+        raise ValueError(f"--data {folder}: its {len(header['class_names'])} class folders hold no images")
+    cache.mkdir(exist_ok=True)
+    np.lib.format.open_memmap(cache / "x.npy", "w+", row.dtype, (len(files), *row.shape)).flush()
+    if hasattr(os, "posix_fallocate"):
+        # Reserve the disk space now: a full disk would otherwise kill the process when a mapped page is written.
+        with open(cache / "x.npy", "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+    np.save(cache / "labels.npy", np.full(len(files), UNREAD))
+    text = json.dumps(header | dict(source=str(folder), files=files)).encode()
+    atomic_write(cache / "header.json", lambda file: file.write(text))
+
+
+def make_cache(cfg, cache):
+    """Put each image of --data through load_encoder, once, into the folder `cache`. A stopped run goes on where it was.
+
+    labels.npy says what is done: UNREAD marks what is yet to do, BROKEN a file that cannot be read. Processes share
+    the work, and threads read (Pillow decodes outside Python's lock).
+    """
+    folder = Path(cfg.data)
+    rank, world = ranks()
+    wanted = dict(format=CACHE, vae=cfg.vae, image_size=cfg.image_size, class_names=class_folders(folder))
+    encode, scale = load_encoder(cfg.vae, cfg.device)
+    blank = np.zeros((3, cfg.image_size, cfg.image_size), np.uint8)
+    if rank == 0 and not is_cache(cache):
+        create_cache(cache, folder, wanted | dict(latent_scale=scale), row=encode(blank[None])[0])
     barrier()
-    images = open_cache(cache, "r+", **header)
-    todo, files = np.flatnonzero(images.labels == UNREAD)[rank::world], images.header["files"]
-    parts, progress = [todo[i : i + 16] for i in range(0, len(todo), 16)], Progress(len(todo), "reading images")
-    with ThreadPoolExecutor(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
-        start = lambda part: pool.map(lambda i: read_image(folder / files[i][0], args.image_size), part)
-        reading = start(parts[0] if parts else [])
-        for part, after in zip(parts, [*parts[1:], []]):
-            read, reading = list(reading), start(after)  # the next ones are read while these are encoded
-            images.x[part] = encode(np.stack([blank if z is None else z for z in read]))
+    images = open_cache(cache, "r+", **wanted)
+    files = images.header["files"]
+    todo = np.flatnonzero(images.labels == UNREAD)[rank::world]
+    parts = [todo[i : i + 16] for i in range(0, len(todo), 16)]
+    progress = Progress(len(todo), "reading images")
+    n_threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ThreadPoolExecutor(n_threads) as pool:
+
+        def start_reading(part):
+            return [pool.submit(read_image, folder / files[i][0], cfg.image_size) for i in part]
+
+        next_part = start_reading(parts[0]) if parts else []
+        for number, part in enumerate(parts):
+            read = [future.result() for future in next_part]
+            if number + 1 < len(parts):
+                next_part = start_reading(parts[number + 1])  # while these are encoded
+            images.x[part] = encode(np.stack([blank if image is None else image for image in read]))
             images.x.flush()  # before they are called done
-            images.labels[part] = [BROKEN if z is None else files[i][1] for i, z in zip(part, read)]
+            images.labels[part] = [BROKEN if image is None else files[i][1] for i, image in zip(part, read)]
             progress(len(part))
     barrier()
 
 
-def load_data(args):
-    """-> Images, whether a mirrored one is as good, the indices that are learned from, and what is held out, one image
-    in 100 and at most 256: x0 (m, C, H, W) and labels (m,), or None."""
-    if not args.data:
-        (x, labels), held_out = (digits(n, args.image_size, args.seed + i) for i, n in enumerate((12000, 256)))
-        x = ((x + 1) * 127.5).round().byte()[:, None].numpy()
-        images = Images(x, labels.numpy(), dict(class_names=[str(i) for i in range(10)]))
-        return images, False, torch.arange(len(x)), held_out
-    cache = Path(args.data)
-    if not (cache / "header.json").is_file():
-        cache = args.out / f"{'latents' if args.vae else 'images'}-{args.image_size}"
-        if not (cache / "header.json").is_file() or (open_cache(cache).labels == UNREAD).any():
-            make_cache(args, cache)
-        if Path(source := open_cache(cache).header["source"]).resolve() != Path(args.data).resolve():
-            raise ValueError(f"{cache} holds the images of {source}, not of --data {args.data}: take another --out, delete "
-                             f"that folder, or say --data {cache}")  # fmt: skip
-    images = open_cache(cache, vae=args.vae, image_size=args.image_size)
-    names, n = images.header["class_names"], len(images.labels)
-    if unread := (images.labels == UNREAD).sum():
-        raise ValueError(f"{cache}: {unread} of {n} images are not in it yet: run the command that made it again")
-    keep = torch.from_numpy(np.flatnonzero(images.labels != BROKEN))
-    if not len(keep):
-        raise ValueError(f"--data {args.data}: none of its {n} images can be read")
+class Data(NamedTuple):
+    images: Images
+    mirror: bool  # whether a mirrored image is as good as the image
+    train_index: torch.Tensor  # the images that are learned from
+    held_out: tuple | None  # x0 (m, C, H, W) and labels (m,) for validation: one image in 100, at most 256
+
+
+def embedded_data(cfg):
+    """The digits: 12,000 to learn from, 256 others held out."""
+    x, labels = digits(N_DIGITS, cfg.image_size, cfg.seed)
+    held_out = digits(256, cfg.image_size, cfg.seed + 1)
+    x = x.add_(1).mul_(127.5).round_().byte()[:, None].numpy()  # in place, to spare memory
+    images = Images(x, labels.numpy(), dict(class_names=[str(i) for i in range(10)]))
+    return Data(images, mirror=False, train_index=torch.arange(len(x)), held_out=held_out)
+
+
+def find_cache(cfg):
+    """The cache of --data: itself, or the one in the run folder, which is made or finished first."""
+    if is_cache(Path(cfg.data)):
+        return Path(cfg.data)
+    cache = cfg.out / f"{'latents' if cfg.vae else 'images'}-{cfg.image_size}"
+    if not is_cache(cache) or (open_cache(cache).labels == UNREAD).any():
+        make_cache(cfg, cache)
+    source = open_cache(cache).header["source"]
+    if Path(source).resolve() != Path(cfg.data).resolve():
+        raise ValueError(f"{cache} holds the images of {source}, not of --data {cfg.data}: take another --out, delete "
+                         f"that folder, or say --data {cache}")  # fmt: skip
+    return cache
+
+
+def load_data(cfg):
+    """-> Data, of the embedded digits or of --data."""
+    if not cfg.data:
+        return embedded_data(cfg)
+    cache = find_cache(cfg)
+    images = open_cache(cache, vae=cfg.vae, image_size=cfg.image_size)
+    names = images.header["class_names"]
+    n = len(images.labels)
+    n_unread = int((images.labels == UNREAD).sum())
+    if n_unread:
+        raise ValueError(f"{cache}: {n_unread} of {n} images are not in it yet: run the command that made it again")
+    good = torch.from_numpy(np.flatnonzero(images.labels != BROKEN))
+    if not len(good):
+        raise ValueError(f"--data {cfg.data}: none of its {n} images can be read")
     for label in sorted(set(range(len(names))) - set(images.labels.tolist())):
         print(f"class {names[label]!r} has no image that can be read: it will not be learned")
-    print(f"{len(keep)} images of {len(names)} classes of {images.header['source']}, {n - len(keep)} left out, "
+    print(f"{len(good)} images of {len(names)} classes of {images.header['source']}, {n - len(good)} left out, "
           f"from {cache}: delete it to read them again")  # fmt: skip
-    keep = keep[torch.randperm(len(keep), generator=generator(args.seed, 2))]
-    n = min(256, len(keep) // 100)
-    return images, True, keep[n:].sort().values, images[keep[:n], torch.zeros(n).bool()] if n else None
+    good = good[torch.randperm(len(good), generator=generator(cfg.seed, 2))]
+    n_held_out = min(256, len(good) // 100)
+    held_out = None
+    if n_held_out:
+        held_out = images[good[:n_held_out], torch.zeros(n_held_out, dtype=torch.bool)]
+    return Data(images, mirror=True, train_index=good[n_held_out:].sort().values, held_out=held_out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Everything random, as a function of (seed, step)
+# Batches: everything random, as a function of (seed, step)
+
+
+class Batch(NamedTuple):
+    x0: torch.Tensor  # (B, C, H, W) in [-1, 1], or latents
+    t: torch.Tensor  # (B,) int64
+    y: torch.Tensor  # (B,) int64; some are dropped: num_classes, the null label of guidance
+    noise: torch.Tensor  # (B, C, H, W)
+
+    def split(self, n, device):
+        """Micro-batches of n images on the device."""
+        return [Batch(*parts) for parts in zip(*(z.to(device).split(n) for z in self))]
 
 
 @lru_cache(maxsize=2)
@@ -234,151 +410,267 @@ def epoch_order(seed, epoch, n):
     return torch.randperm(n, generator=generator(seed, 0, epoch))
 
 
-def draw_batch(data, config, args, diffusion, step):
-    """What step number `step` sees: x0 (N, C, H, W) in [-1, 1], t, y with labels dropped, and the noise.
+def draw_batch(data, model_config, cfg, diffusion, step):
+    """What step number `step` sees -> Batch. Every process draws the numbers of the whole batch and keeps its slice."""
+    n = cfg.batch
+    n_images = len(data.train_index)
+    rng = generator(cfg.seed, 1, step)
+    places = []
+    for position in range(step * n, (step + 1) * n):
+        epoch, place = divmod(position, n_images)
+        places.append(int(epoch_order(cfg.seed, epoch, n_images)[place]))
+    index = data.train_index[places]
+    flip = torch.rand(n, generator=rng) < 0.5 if data.mirror else torch.zeros(n, dtype=torch.bool)
+    drop = torch.rand(n, generator=rng) < model_config.class_dropout_prob
+    t = draw_timesteps(n, diffusion, rng)
+    noise = torch.randn((n, *data.images.shape), generator=rng)
 
-    Every process draws the numbers of the whole batch, and keeps its own slice of it.
-    """
-    (images, mirror, train, _), n = data, args.batch
-    rng, (rank, world) = generator(args.seed, 1, step), ranks()
-    places = [divmod(p, len(train)) for p in range(step * n, (step + 1) * n)]
-    index = train[[int(epoch_order(args.seed, epoch, len(train))[p]) for epoch, p in places]]
-    flip = torch.rand(n, generator=rng) < 0.5 if mirror else torch.zeros(n, dtype=torch.bool)
-    drop = torch.rand(n, generator=rng) < config.class_dropout_prob
-    t, noise = draw_timesteps(n, diffusion, rng), torch.randn((n, *images.shape), generator=rng)
+    rank, world = ranks()
     index, flip, drop, t, noise = (z.chunk(world)[rank] for z in (index, flip, drop, t, noise))
-    x0, y = images[index, flip]
-    return x0, t, torch.where(drop, config.num_classes, y), noise  # the null label, for guidance
+    x0, labels = data.images[index, flip]
+    return Batch(x0, t, torch.where(drop, model_config.num_classes, labels), noise)
 
 
 def draw_timesteps(n, diffusion, rng):
-    """t (n,). Uniform for eps, as in the paper. For v: logSNR ~ N(-2, 2.5), spread evenly over the batch, and one in
-    twenty uniform. High noise is where a picture's layout is decided, and the bottleneck of a short training."""
+    """t (n,). For eps: uniform, as in the paper. For v: logSNR ~ N(-2, 2.5), and one in twenty uniform.
+
+    High noise is where a picture's layout is decided. A short training lacks time there more than anywhere else.
+    """
     if diffusion.prediction == "eps":
         return torch.randint(1000, (n,), generator=rng)
-    u = (torch.arange(n) + torch.rand(n, generator=rng)) / n
-    log_snr = -2 + 2.5 * torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))
-    table = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))
-    t = 999 - torch.searchsorted(table.flip(0).contiguous(), log_snr).clamp(0, 999)
-    anywhere = torch.rand(n, generator=rng) < 0.05
-    return torch.where(anywhere, torch.randint(1000, (n,), generator=rng), t)
+    quantile = (torch.arange(n) + torch.rand(n, generator=rng)) / n  # spread evenly over the batch
+    wanted = -2 + 2.5 * torch.special.ndtri(quantile.double().clamp(1e-6, 1 - 1e-6))
+    log_snr = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))  # falls as t grows
+    n_noisier = torch.searchsorted(log_snr.flip(0).contiguous(), wanted)  # timesteps with less signal than wanted
+    t = 999 - n_noisier.clamp(0, 999)  # these are the last ones, so the wanted one is just before them
+    is_uniform = torch.rand(n, generator=rng) < 0.05
+    return torch.where(is_uniform, torch.randint(1000, (n,), generator=rng), t)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The run
+# Model and optimizer
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = p.add_argument
-    # fmt: off
-    flag("--size", choices=SIZES, help="default tiny")
-    flag("--data", help="folder with a subfolder of images for each class, or a cache; default: the embedded digits")
-    flag("--vae", help="train on the latents of this VAE, a diffusers model or folder; made once, in OUT/latents-*")
-    flag("--image-size", type=positive, help="pixels; default 24 for tiny and small, 256 with --vae, else 32")
-    flag("--batch", type=positive, help="images a step, of all processes together; default 16 for tiny and small, else 256")
-    flag("--micro-batch", type=positive, help="images at a time within a step; default all, 32 at 600M and up")
-    flag("--steps", type=positive, help=f"default {DEMO['steps']:,} for tiny and small, else {PAPER['steps']:,}")
-    flag("--lr", type=float, help="default 4e-3 for tiny and small, else 1e-4")
-    flag("--seed", type=int, default=0)
-    flag("--out", help="run folder; default runs/SIZE")
-    flag("--init", metavar="CKPT", help="start from a packed.pt, a state folder of your own or a released folder")
-    flag("--full-precision", action="store_true", help="no ternary weights (the paper's baseline)")
-    flag("--no-adaln-norm", action="store_true", help="no RMS Norm behind adaLN (the paper's ablation)")
-    flag("--fresh", action="store_true", help="start over where the run folder holds a state")
-    flag("--save-every", type=positive, default=1000, metavar="STEPS", help="default 1000; the last two are kept")
-    flag("--keep-every", type=positive, metavar="STEPS", help="save at these steps too, and keep it for good")
-    flag("--sample-every", type=positive, metavar="STEPS", help="default: a quarter of the run; on one process")
-    flag("--grid", type=int, metavar="N", help="images in a sample grid, 0 for none; default 4 a class, up to 40; none "
-         "of latents and for large models on a CPU")
-    flag("--checkpointing", action="store_true", help="compute a block's activations twice instead of keeping them")
-    flag("--compile", action="store_true", help="torch.compile the blocks: faster after half a minute")
-    flag("--plan", action="store_true", help="print what a step will take in memory and work, and stop")
-    flag("--gpus", type=positive, metavar="N", help="GPUs that --plan is for; default: this device")
-    flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--dtype", choices=["fp32", "bf16"], help="of matmuls; default bf16 where the hardware has it")
-    # fmt: on
-    args = p.parse_args(argv)
-    if args.lr is not None and not args.lr > 0:
-        p.error(f"argument --lr: got {args.lr}, expected a number above 0")
-    if args.vae and not args.data and not args.plan:
-        p.error("argument --vae: needs --data")
-    if args.gpus and not args.plan:
-        p.error("argument --gpus: is for --plan; torchrun says on how many GPUs to train")
-    check_common(p, args)
-    if args.grid is not None and args.grid < 0:
-        p.error(f"argument --grid: got {args.grid}, expected 0 or more")
-    return args
+def read_init(path):
+    """What --init names -> its Config, and its state dict with full-precision weights."""
+    run_file = Path(path) / "run.json"
+    if run_file.is_file():  # a training state: take its averaged weights
+        state = {name.removeprefix("ema."): value for name, value in read_state(path, "ema.").items()}
+        return Config(**json.loads(run_file.read_text())["config"]), state
+    model = load_model(path)
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedTernaryLinear):
+            # Latent weights of +-|alpha| and 0 round back to the same codes.
+            state[f"{name}.weight"] = unpack_ternary(module.weight) * module.alphas.abs()
+    return model.config, state
+
+
+def build_model(model_config, state=None, init=None):
+    """-> DiT to train: fresh, or with the weights `state` of the checkpoint `init`; a missing label table is new."""
+    model = DiT(model_config)
+    if state is None:
+        return model
+    ours = model.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    theirs = {table: ours[table]} | state
+    for name in ours.keys() - theirs.keys():
+        if name.endswith("alphas"):  # from full precision: alpha starts at the quantizer's scale
+            theirs[name] = theirs[name.replace("alphas", "weight")].abs().mean().view(1)
+    for name in ours.keys() | theirs.keys():
+        there = tuple(theirs[name].shape) if name in theirs else "none"
+        here = tuple(ours[name].shape) if name in ours else "none"
+        if there != here:
+            raise ValueError(f"--init {init} does not fit: its {name} is {there}, this model's {here}")
+        ours[name].copy_(theirs[name])
+    return model
+
+
+def make_optimizer(model, cfg):
+    """AdamW. Alphas learn at a fifth of the rate: they are small numbers that scale whole layers.
+
+    Decay shrinks the blocks' matrices. Rounding compares latent weights with their mean, so their common scale says
+    nothing about the codes; but the smaller they are, the sooner a step flips a code. With decay, codes go on flipping
+    until the learning rate falls.
+    """
+    alphas = []
+    matrices = []
+    others = []
+    for name, p in model.named_parameters():
+        if name.endswith("alphas"):
+            alphas.append(p)
+        elif name.startswith("layers.") and p.ndim == 2:
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [
+        dict(params=others, lr_scale=1.0, decayed=False, weight_decay=0.0),
+        dict(params=matrices, lr_scale=1.0, decayed=True, weight_decay=cfg.decay),
+        dict(params=alphas, lr_scale=0.2, decayed=False, weight_decay=0.0),
+    ]
+    groups = [group for group in groups if group["params"]]  # full precision has no alphas
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+
+
+def learning_rate(cfg, step):
+    """It warms up, then falls along a cosine to 1%: ternary codes settle only when it is small."""
+    warmup = min(1, (step + 1) / cfg.warmup)
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    return cfg.lr * warmup * cosine
+
+
+def set_learning_rate(optimizer, cfg, step):
+    """The rate of this step, and whether its matrices are decayed -> the rate"""
+    lr = learning_rate(cfg, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if group["decayed"]:
+            group["weight_decay"] = cfg.decay if step < cfg.decay_until * cfg.steps else 0.0
+    return lr
+
+
+def training_flops(config):
+    """FLOP of training on one image: 2 for each weight and token, and twice as much again in the backward pass."""
+    d, cond = config.dim, config.cond_dim
+    patch_dim = config.patch_size**2 * config.in_channels
+    out_dim = patch_dim * (2 if config.learn_sigma else 1)
+    weights_of_tokens = config.n_layers * (4 * d**2 + 3 * d * config.ffn_dim) + (patch_dim + out_dim) * d
+    weights_of_condition = config.n_layers * 6 * d * cond + 2 * d * cond + 256 * cond + cond**2
+    attention = config.n_layers * 2 * config.n_tokens**2 * d  # q k^T, and its product with v
+    return 3 * 2 * (config.n_tokens * weights_of_tokens + weights_of_condition + attention)
 
 
 def bf16_is_fast(device):
+    """Whether the hardware multiplies bf16 itself."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def can_compile(device):
     """Try torch.compile on something small: it needs a C++ compiler and Python's headers, or Triton on a GPU."""
+
+    def small(x):
+        return (x * 2 + 1).relu()
+
     try:
-        torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(1024, device=device))
+        torch.compile(small)(torch.ones(1024, device=device))
         return True
     except Exception as e:
         print(f"--compile does not work here ({first_line(e)[:100]}): training without it, slower")
         return False
 
 
-def read_init(path):
-    """What --init names -> its Config, and its state dict with full-precision weights."""
-    if (run_file := Path(path) / "run.json").is_file():
-        index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        state = {k: torch.empty(m.size) for k, m in index.items() if k.startswith("ema.")}
-        load_tensors(path, state)
-        return Config(**json.loads(run_file.read_text())["config"]), {k[4:]: v for k, v in state.items()}
-    model = load_model(path)
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, PackedTernaryLinear):
-            # Latents at +-|alpha| and 0 round back to the same codes.
-            state[f"{name}.weight"] = unpack_ternary(module.weight) * module.alphas.abs()
-    return model.config, state
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory: what a run will need, and how many images at a time fit
+
+N_DIGITS = 12000  # embedded images to learn from
 
 
-def build_model(args, config, state=None):
-    """-> DiT to train: fresh, or with the weights `state` of --init, whose missing label table is made anew."""
-    model = DiT(config)
-    if state is None:
-        return model
-    ours, table = model.state_dict(), "y_embedder.embedding_table.weight"
-    state = {table: ours[table]} | state
-    for name in ours.keys() - state.keys():
-        if name.endswith("alphas"):  # from full precision: alpha starts at the quantizer's scale
-            state[name] = state[name.replace("alphas", "weight")].abs().mean().view(1)
-    for name in ours.keys() | state.keys():
-        there, here = (tuple(d[name].shape) if name in d else "none" for d in (state, ours))
-        if there != here:
-            raise ValueError(f"--init {args.init} does not fit: its {name} is {there}, this model's {here}")
-        ours[name].copy_(state[name])
-    return model
+def block_activation_bytes(config, dtype, device):
+    """What a block keeps of one image for its backward pass, by formula: bytes a token, times tokens."""
+    size = 2 if dtype == "bf16" else 4
+    residuals = 4 * 4 * config.dim  # fp32: what goes into and comes out of the two norms
+    copies_of_inputs = 5 if dtype == "bf16" else 2  # autocast casts for each of wq, wk, wv, w1 and w3 anew
+    inputs = copies_of_inputs * size * config.dim
+    attention = 6 * size * config.dim  # q, k, v, wo's input, both outputs before their gates
+    ffn = 4 * size * config.ffn_dim  # w1's output, its silu, w3's output, w2's input
+    softmax = 0
+    if device == "cpu":  # softmax_attention keeps (heads, T, T) in fp32, and in bf16 for the product with v
+        softmax = config.n_heads * config.n_tokens * (6 if dtype == "bf16" else 4)
+    return config.n_tokens * (residuals + inputs + attention + ffn + softmax)
 
 
-def make_optimizer(model, lr, betas, decay):
-    """AdamW. Alphas learn at a fifth of the rate: they are small numbers that scale whole layers.
+def memory_needed(config, cfg, world):
+    """-> bytes that a process will hold whatever the micro-batch, and bytes more for each of its images."""
+    with torch.device("meta"):
+        model = DiT(config)
+    n_params = sum(p.numel() for p in model.parameters())
+    block_params = sum(p.numel() for p in model.layers[0].parameters())
+    kept_blocks = 1 if cfg.checkpointing else config.n_layers
+    block_activations = block_activation_bytes(config, cfg.dtype, cfg.device)
 
-    Decay shrinks the blocks' matrices. Rounding sees latent weights next to each other, not how large they all are; but
-    the smaller they are, the sooner a step flips a code: with decay, codes go on moving until the learning rate falls.
+    fixed = 20 * n_params / world  # fp32: weights, gradients, AdamW's two moments, averaged weights
+    # Weights as the matmuls take them: they are kept for the backward pass, and are not sharded.
+    fixed += kept_blocks * block_params * (2 if cfg.dtype == "bf16" else 4)
+    if world > 1:
+        fixed += 3 * 4 * block_params  # whole in fp32: the block that computes, the next one, a block's gradients
+    if not cfg.data:
+        fixed += N_DIGITS * 3 * cfg.image_size**2 * 5  # drawn in fp32, kept in uint8
+    fixed += 0.2e9  # torch's own
+    per_image = (kept_blocks + 1) * block_activations  # one more for what the backward pass of a block makes
+    if cfg.checkpointing:
+        per_image += config.n_layers * config.n_tokens * config.dim * 4  # what goes into each block
+    return fixed, per_image
+
+
+def free_memory(device):
+    """Bytes that this process can still take: of the GPU, or of the machine and its container."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # macOS: all that there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+    container = Path("/sys/fs/cgroup")
+    limit = container / "memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((container / "memory.current").read_text())
+        cache = int((container / "memory.stat").read_text().split("inactive_file")[1].split()[0])  # can be dropped
+        free = min(free, int(limit.read_text()) - used + cache)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def choose_micro_batch(config, cfg, world):
+    """cfg.micro_batch, or the most images at a time, up to 32, that fit in memory. ValueError if not even one does.
+
+    It changes memory and speed, and of the numbers only the order of additions. On a CPU it is kept below 4 TFLOP, some
+    seconds, so that the progress line moves.
     """
-    groups = {}
-    for name, p in model.named_parameters():
-        matrix = name.startswith("layers.") and p.ndim == 2
-        kind = (0.2, 0.0) if name.endswith("alphas") else (1.0, decay if matrix else 0.0)
-        groups.setdefault(kind, []).append(p)
-    groups = [dict(params=params, scale=kind[0], weight_decay=kind[1]) for kind, params in groups.items()]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    fixed, per_image = memory_needed(config, cfg, world)
+    free = free_memory(cfg.device)
+    share = cfg.batch // world
+    candidates = [n for n in (32, 16, 8, 4, 2, 1, share) if n <= min(32, share)]
+    if cfg.device == "cpu":
+        candidates = [n for n in candidates if n == 1 or n * training_flops(config) < 4e12]
+    fitting = [n for n in candidates if fixed + n * per_image < free]
+    micro_batch = cfg.micro_batch or max(fitting, default=1)
+    needed = fixed + micro_batch * per_image
+    sizes = f"{needed / 1e9:.1f} GB for {micro_batch} images at a time, {free / 1e9:.1f} GB are free"
+    if not fitting and not cfg.micro_batch:
+        cures = ["more GPUs (torchrun)", "a smaller --size"]
+        if not cfg.checkpointing:
+            cures.insert(0, "--checkpointing")
+        raise ValueError(f"this run needs {sizes}. Try {', '.join(cures)}; --micro-batch 1 tries it all the same")
+    print(f"memory: {sizes}{'' if needed < free else ': it may not fit'}", flush=True)
+    return micro_batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many processes
+
+
+def init_distributed(device):
+    """Join the process group of a launcher (torchrun), if one started this process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
 
 
 def ranks():
     """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def barrier():
@@ -393,59 +685,82 @@ def all_sum(x):
     return x
 
 
-def whole(x):
+def full_tensor(x):
     """A tensor whose parts lie on all processes -> the plain tensor, on each of them."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def place(model, device):
-    """Move a model to its device, on many processes in parts (FSDP2): a block's weights are whole while it computes.
+def shard_model(model, device):
+    """Move a model to its device. Of many processes each holds a part (FSDP2), and a whole block only to compute it.
 
-    They are gathered in fp32, then rounded: so ternarize divides by the whole matrix's mean, and its codes are those
-    that packing will make. Of weights gathered in bf16 (MixedPrecisionPolicy), some would round to other codes.
+    They are gathered in fp32 and then rounded: so ternarize divides by the mean of the whole matrix, and its codes are
+    those that packing will make. Of weights gathered in bf16 (MixedPrecisionPolicy), some would round to other codes.
     """
     if not dist.is_initialized():
         return model.to(device)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    state, mesh = model.state_dict(), dist.init_device_mesh(device, (dist.get_world_size(),))
+    state = model.state_dict()
+    mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
     model.to("meta")
-    for part in (*model.layers, model):
-        fully_shard(part, mesh=mesh)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)  # only rank 0 has drawn weights
     set_model_state_dict(model, state if dist.get_rank() == 0 else {}, options=options)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state of a run on disk: everything that an exact resume needs
+
+STATE = "terdit-state-2"
 
 
 def states(out):
     """Folders of whole states, the newest last. Unfinished and half-deleted ones end in .tmp."""
-    return sorted((d for d in out.glob("state-*") if d.name[6:].isdigit()), key=lambda d: int(d.name[6:]))
+    numbered = [d for d in out.glob("state-*") if d.name.removeprefix("state-").isdigit()]
+    return sorted(numbered, key=lambda d: int(d.name.removeprefix("state-")))
 
 
-def save_state(out, tensors, about, keep_every):
-    """Write tensors (each process its own parts) and the dict `about` beside, then rename; keep the last two."""
-    path = out / f"state-{about['step']:07d}"
-    beside, first = path.with_suffix(".tmp"), ranks()[0] == 0
+def remove_state(path):
+    """Rename, then delete: half of a state must not look whole."""
+    shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+
+
+def save_state(out, tensors, metadata):
+    """Write tensors (each process its own parts) and the dict `metadata` beside, then rename; keep the last two."""
+    path = out / f"state-{metadata['step']:07d}"
+    tmp_path = path.with_suffix(".tmp")
+    is_first = ranks()[0] == 0
     try:
-        dcp.save(tensors, checkpoint_id=beside)  # flushed to the disk
-        if first:
-            atomic_write(beside / "run.json", lambda file: file.write(json.dumps(about).encode()))
-            os.rename(beside, path)
-    except (dcp.api.CheckpointException, OSError) as e:
-        free = shutil.disk_usage(out).free / 1e6  # torch hides a full disk behind "unexpected pos"
-        shutil.rmtree(beside, ignore_errors=True)
+        dcp.save(tensors, checkpoint_id=tmp_path)  # flushed to the disk
+        if is_first:
+            text = json.dumps(metadata).encode()
+            atomic_write(tmp_path / "run.json", lambda file: file.write(text))
+            os.rename(tmp_path, path)
+    except (dcp.CheckpointException, OSError) as e:
+        free = shutil.disk_usage(out).free / 1e6  # torch reports a full disk as "unexpected pos"
+        shutil.rmtree(tmp_path, ignore_errors=True)
         kept = f"{states(out)[-1]} is whole" if states(out) else "nothing was saved before"
-        raise OSError(f"{path}: cannot be written ({reason(e)}; {free:,.0f} MB free); {kept}") from None
-    for old in states(out)[:-2] if first else []:
-        if not (keep_every and int(old.name[6:]) % keep_every == 0):
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # renamed first: half a state must not look whole
+        raise OSError(f"{path}: cannot be written ({failure(e)}; {free:,.0f} MB free); {kept}") from None
+    if is_first:
+        for old in states(out)[:-2]:
+            remove_state(old)
     barrier()
 
 
-def reason(e):
-    """One line of an exception; of DCP's, which hold one for each process, the first."""
-    return first_line(next(iter(e.failures.values()))[0] if isinstance(e, dcp.api.CheckpointException) else e)
+def failure(e):
+    """One line of an exception. One of DCP's holds an exception for each process: the first of them."""
+    if isinstance(e, dcp.CheckpointException):
+        e = next(iter(e.failures.values()))[0]
+    return first_line(e)
+
+
+def damaged(path, why):
+    return ValueError(f"{path}: damaged ({why}); delete it to go on from the one before, or --fresh")
 
 
 def load_tensors(path, tensors):
@@ -455,359 +770,554 @@ def load_tensors(path, tensors):
     """
     try:
         dcp.load(tensors, checkpoint_id=path)
-    except (dcp.api.CheckpointException, OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path}: damaged ({reason(e)}); delete it to go on from the one before, or --fresh") from None
+    except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as e:
+        raise damaged(path, failure(e)) from None
 
 
-def check_state(path, about):
-    """The step of the state in `path` if it is of the run that `about` says, or ValueError that names what differs."""
+def read_state(path, prefix=""):
+    """The tensors of a state folder whose names start with prefix, whole, on the CPU."""
+    index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    names = [name for name in index if name.startswith(prefix)]
+    tensors = {name: torch.empty(index[name].size, dtype=index[name].properties.dtype) for name in names}
+    load_tensors(path, tensors)
+    return tensors
+
+
+def check_state(path, metadata):
+    """The step of the state in `path` if its run is the one that metadata describes, or ValueError: what differs."""
     try:
-        state = json.loads((path / "run.json").read_text())
-        there, step, steps, version = state["config"] | state, state["step"], state["steps"], state["torch"]
+        saved = json.loads((path / "run.json").read_text())
+        theirs = saved["config"] | saved
+        step = saved["step"]
+        steps = saved["steps"]
+        version = saved["torch"]
     except (OSError, ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"{path}: damaged ({e!r}); delete it to go on from the one before, or --fresh") from None
-    for field, here in (about["config"] | about).items():
-        if field not in ("step", "steps", "torch") and here != there.get(field):
-            difference = f"{field}={there.get(field)!r}, this command says {here!r}"
+        raise damaged(path, repr(e)) from None
+    for field, here in (metadata["config"] | metadata).items():
+        if field not in ("step", "steps", "torch") and here != theirs.get(field):
+            difference = f"{field}={theirs.get(field)!r}, this command says {here!r}"
             raise ValueError(f"{path} was trained with {difference}: use the same, another --out, or --fresh")
-    if step > about["steps"]:
-        raise ValueError(f"{path} is at step {step} already, --steps says {about['steps']}")
-    if steps != about["steps"]:
-        print(f"note: planned for {steps} steps before, now {about['steps']}: the learning rate follows")
-    if version != about["torch"]:
-        print(f"note: {path} was written by torch {version}, this is {about['torch']}: the last bits may differ")
+    if step > metadata["steps"]:
+        raise ValueError(f"{path} is at step {step} already, --steps says {metadata['steps']}")
+    if steps != metadata["steps"]:
+        print(f"note: planned for {steps} steps before, now {metadata['steps']}: the learning rate follows")
+    if version != metadata["torch"]:
+        print(f"note: {path} was written by torch {version}, this is {metadata['torch']}: the last bits may differ")
     return step
 
 
-def open_log(path, step):
-    """log.csv, one row each ten steps -> function that adds one. Rows past a resumed step go: it reads as one run.
+# ----------------------------------------------------------------------------------------------------------------------
+# A run and its step
 
-    mse_q1..4: mean square error of the predicted noise at timesteps 0-249, ... 750-999. zero, flipped: share of ternary
-    codes that are 0, and that changed in the 100 steps (or since the resume). val_loss: of the averaged model. tflops: of
-    the model, 1e12 a second on each device (all that an H100 has in bf16 are 989).
-    """
-    fields = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss tflops".split()
-    rows = [line.split(",") for line in path.read_text().splitlines()] if step and path.is_file() else []
-    rows = [fields, *(row for row in rows if row[0].isdigit() and int(row[0]) <= step)]
-    atomic_write(path, lambda file: file.write("".join(",".join(row) + "\n" for row in rows).encode()))
-    file = open(path, "a", buffering=1)
-    show = lambda v: f"{v:.6g}" if isinstance(v, float) else v
-    return lambda row: print(*(show(row.get(k, "")) for k in fields), sep=",", file=file)
+
+class Run:
+    """What a step of training reads and changes."""
+
+    def __init__(self, cfg, data, model, ema, optimizer, decode=None):
+        self.cfg = cfg
+        self.data = data
+        self.model = model
+        self.ema = ema  # AveragedModel: ema.module is the averaged DiT, which is validated, drawn and exported
+        self.optimizer = optimizer
+        self.diffusion = GaussianDiffusion(prediction=model.config.prediction)
+        self.decode = decode  # latents -> images, or None
+        self.step = 0  # steps that are done
+        self.pool = ThreadPoolExecutor(1)
+        self.upcoming: Future | None = None
+
+    def next_batch(self):
+        """The Batch of this step. A thread draws the one after it while this one is computed."""
+        if self.upcoming is None:
+            self.upcoming = self.start_drawing(self.step)
+        batch = self.upcoming.result()
+        self.upcoming = self.start_drawing(self.step + 1)
+        return batch
+
+    def start_drawing(self, step):
+        return self.pool.submit(draw_batch, self.data, self.model.config, self.cfg, self.diffusion, step)
+
+    def tensors(self):
+        """name -> tensor of all that a state holds: weights, averaged weights, AdamW's moments and step counts."""
+        tensors = {"n_averaged": self.ema.n_averaged}
+        for (name, p), averaged in zip(self.model.named_parameters(), self.ema.module.parameters()):
+            tensors[f"model.{name}"] = p.detach()
+            tensors[f"ema.{name}"] = averaged.detach()
+            for kind, value in self.optimizer.state[p].items():
+                tensors[f"{kind}.{name}"] = value
+        return tensors
+
+    def metadata(self):
+        """What run.json says: a state goes on only under a command that means the same."""
+        files = json.dumps(self.data.images.header.get("files")).encode()
+        same = {name: getattr(self.cfg, name) for name in ("steps", "batch", "lr", "decay", "seed", "init", "dtype")}
+        return dict(format=STATE, config=asdict(self.model.config), images=len(self.data.images.labels),
+                    torch=str(torch.__version__), files=zlib.crc32(files), step=self.step, **same)  # fmt: skip
+
+
+@dataclass
+class StepStats:
+    """What a step has seen, over all processes. Quartiles are of the timestep: 0-249, ... 750-999."""
+
+    loss: float  # mean over the batch
+    grad_norm: float  # before clipping
+    mse_sum: np.ndarray  # (4,) squared error of the predicted noise, by quartile
+    mse_count: np.ndarray  # (4,) images in each quartile
+
+
+def training_losses(run, model, batch):
+    """GaussianDiffusion's terms (B,) of a micro-batch, in the dtype of the run."""
+    with torch.autocast(run.cfg.device, torch.bfloat16, enabled=run.cfg.dtype == "bf16"):
+        return run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise)
+
+
+def train_step(run, batch, show_part=None):
+    """One update of the weights and of their average -> StepStats. show_part(images done) is called as they are."""
+    cfg = run.cfg
+    world = ranks()[1]
+    loss = torch.zeros((), device=cfg.device, dtype=torch.float64)
+    mse_sum = torch.zeros(4, device=cfg.device, dtype=torch.float64)
+    mse_count = torch.zeros(4, device=cfg.device, dtype=torch.float64)
+    alphas_cumprod = torch.from_numpy(run.diffusion.alphas_cumprod).to(cfg.device)
+    n_done = 0
+    # Gradients add up over micro-batches, which bounds the memory of activations.
+    for part in batch.split(cfg.micro_batch, cfg.device):
+        terms = training_losses(run, run.model, part)
+        part_loss = terms["loss"].sum() / cfg.batch
+        (part_loss * world).backward()  # FSDP takes the mean over the processes
+        loss += part_loss.detach()
+        mse = terms["mse"].detach().double()
+        if run.diffusion.prediction == "v":
+            mse = mse * alphas_cumprod[part.t]  # v's error -> the noise's
+        mse_sum.index_add_(0, part.t // 250, mse)
+        mse_count.index_add_(0, part.t // 250, torch.ones_like(mse))
+        n_done += len(part.t)
+        if show_part:
+            show_part(n_done)
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)).item()
+    for sum_of_mine in (loss, mse_sum, mse_count):
+        all_sum(sum_of_mine)
+    stats = StepStats(loss.item(), grad_norm, mse_sum.cpu().numpy(), mse_count.cpu().numpy())
+    if not (math.isfinite(stats.loss) and math.isfinite(grad_norm)):
+        kept = f"{states(cfg.out)[-1]} holds the last good state" if states(cfg.out) else "nothing was saved yet"
+        raise ValueError(f"step {run.step}: loss {stats.loss}, gradient norm {grad_norm}, not finite: stopped; {kept}. "
+                         f"Try a lower --lr")  # fmt: skip
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if world > 1:
+        run.ema.module.reshard()  # validation leaves some of it gathered
+    run.ema.update_parameters(run.model)
+    run.step += 1
+    return stats
+
+
+@torch.no_grad()
+def validate(run):
+    """Loss of the averaged model on the images held out, with the same timesteps and noise each time."""
+    x0, y = (z[: 4 * run.cfg.batch] for z in run.data.held_out)
+    n = len(y)
+    t = torch.arange(n) * 1000 // n
+    noise = torch.randn(x0.shape, generator=generator(run.cfg.seed, 3))
+    total = 0.0
+    for part in Batch(x0, t, y, noise).split(run.cfg.micro_batch, run.cfg.device):
+        total += training_losses(run, run.ema.module, part)["loss"].sum().item()
+    return total / n
+
+
+def draw_grid(run, model, path):
+    """A sheet of samples of `model`, the classes in turn (the first ten of more)."""
+    n = run.cfg.grid
+    n_classes = min(10, model.config.num_classes)
+    y = torch.arange(n) % n_classes
+    images = sample_images(model.eval(), y, run.cfg.seed, decode=run.decode, progress=Progress(n * STEPS))
+    save_grid(images, min(n, n_classes), path)
 
 
 def sample_codes(model):
     """The codes of one ternary weight in 17 of this process's part of the model, int8."""
     codes = []
-    for weight in (m.weight.detach() for m in model.modules() if isinstance(m, TernaryLinear)):
-        gamma = whole(weight.abs().mean()) + 1e-6  # of the whole matrix
-        part = weight.to_local() if hasattr(weight, "to_local") else weight
-        codes.append((part.flatten()[::17] / gamma).round().clamp(-1, 1).to(torch.int8))
+    for module in model.modules():
+        if isinstance(module, TernaryLinear):
+            weight = module.weight.detach()
+            gamma = full_tensor(weight.abs().mean()) + TERNARY_EPS  # of the whole matrix
+            if isinstance(weight, DTensor):
+                weight = weight.to_local()
+            codes.append((weight.flatten()[::17] / gamma).round().clamp(-1, 1).to(torch.int8))
     return torch.cat(codes)
 
 
-def first_bad_layer(model, forward):
-    """Name of the first module that puts out something not finite in forward(), on any of the processes."""
-    bad = []
-    for name, module in model.named_modules():
-        module._compiled_call_impl = None  # hooks do not reach into compiled code
-        module.register_forward_hook(lambda module, x, out, name=name: bad.extend([name] * (not out.isfinite().all())))
-    with torch.no_grad():
-        forward()
-    first = next(filter(None, bad), None)  # the model itself, which has no name, puts out what its last layer does
-    found = [first] * ranks()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(found, first)
-    return next(filter(None, found), "the backward pass")
+def duration(seconds):
+    """0:03:31, 12 days, or 171 years."""
+    days = seconds / 86400
+    if days < 2:
+        return str(timedelta(seconds=int(seconds)))
+    return f"{days:,.0f} days" if days < 700 else f"{days / 365:,.0f} years"
 
 
-def micro_batch(args, n_params):
-    return args.micro_batch or (32 if n_params > 200e6 else args.batch)
+class Log:
+    """log.csv and the line on the terminal. A row every ten steps; rows past a resumed step go: it reads as one run.
 
-
-def flops_an_image(config):
-    """FLOP of training on one image: a forward pass, counted on shapes alone, and twice as much for the backward."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        x, t = torch.empty(1, config.in_channels, *[config.input_size] * 2), torch.zeros(1, dtype=torch.long)
-        DiT(config)(x, t, t)
-    return 3 * counter.get_total_flops()
-
-
-def plan(args, config):
-    """Print what a step of training takes. Shapes alone go through the model, as torch's fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    gpus, on_gpu = args.gpus or 1, bool(args.gpus) or args.device == "cuda"
-    held, size, n_tokens = {}, config.input_size, (config.input_size // config.patch_size) ** 2
-
-    def note(z):  # what the backward pass waits for; a GPU's attention keeps no matrix of tokens by tokens
-        if z.untyped_storage()._cdata not in weights and not (on_gpu and z.shape[-2:] == (n_tokens, n_tokens)):
-            held[z.untyped_storage()._cdata] = z.untyped_storage()
-        return z
-
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bf16"):
-        model = DiT(config)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        n, block = (4 * sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))  # bytes, fp32
-        micro = min(micro_batch(args, n / 4), -(-args.batch // gpus))
-        x, t = torch.empty(micro, config.in_channels, size, size), torch.zeros(micro, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda z: z):
-            model(x, t, t)
-    activations = sum(s.nbytes() for s in held.values())
-    if args.checkpointing:  # one block's, and what goes into each
-        activations = activations / config.n_layers + config.n_layers * micro * n_tokens * config.dim * 4
-    rows = {"weights": n / gpus, "gradients": n / gpus, "optimizer": 2 * n / gpus, "averaged weights": n / gpus}
-    rows |= {f"activations, {micro} images at a time": activations, "gathered blocks": 3 * block * (gpus > 1)}
-    print(f"{n / 4e6:,.1f}M parameters; batch {args.batch} on {gpus} {'GPU' if on_gpu else 'CPU'}, {args.dtype}; "
-          f"each holds")  # fmt: skip
-    for name, size in [*rows.items(), ("in all", sum(rows.values()))]:
-        print(f"  {name:<36}{size / 1e9:9.2f} GB")
-    flops = flops_an_image(config)
-    rate = 0.4 * 989e12 * gpus / flops
-    print(f"{flops / 1e12:.3f} TFLOP an image; {86400 * rate / 1e6:,.1f}M images a day if the GPUs are H100 or H200 "
-          f"and reach 40% of their 989 TFLOP/s")  # fmt: skip
-
-
-def join(device):
-    """Take part in what a launcher (torchrun) started, if one did -> this process's number, and how many there are."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=12))
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    return ranks()
-
-
-def resolve(args):
-    """Fill in what the command leaves open, from DEMO or PAPER, from --init and from a cache.
-
-    -> the model's Config, to which the data's classes and channels are yet to be added, and the weights of --init.
+    loss: mean since the row before. mse_q1..4: mean square error of the predicted noise at timesteps 0-249, ...
+    750-999. zero, flipped: share of ternary codes that are 0, and that changed in the 100 steps (or since the resume).
+    val_loss: of the averaged model on images held out. tflops: of the model, 1e12 a second on each device (all that an
+    H100 has in bf16 are 989).
     """
-    if args.init and args.size:
+
+    FIELDS = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss tflops".split()
+
+    def __init__(self, run):
+        self.run = run
+        self.file = self.open_csv(run.cfg.out / "log.csv") if ranks()[0] == 0 else None
+        self.tflop_per_image = training_flops(run.model.config) / 1e12
+        self.codes = sample_codes(run.model) if run.model.config.ternary else None
+        self.first_step = run.step
+        self.start = time.time()  # of the first step; then of the second, for the first one compiles
+        self.step_start = self.start
+        self.shown = self.start  # when the terminal was last written to
+        self.stats = []  # of the steps since the last row
+
+    def open_csv(self, path):
+        rows = []
+        if self.run.step and path.is_file():
+            for line in path.read_text().splitlines():
+                step = line.split(",")[0]
+                if step.isdigit() and int(step) <= self.run.step:
+                    rows.append(line)
+        text = "\n".join([",".join(self.FIELDS), *rows]) + "\n"
+        atomic_write(path, lambda file: file.write(text.encode()))
+        return open(path, "a", buffering=1)
+
+    def steps_per_second(self):
+        return max(1, self.run.step - self.first_step) / (time.time() - self.start)
+
+    @contextmanager
+    def paused_clock(self):
+        """What happens inside is no training time."""
+        before = time.time()
+        yield
+        self.start += time.time() - before
+
+    def mean_loss(self):
+        return sum(stats.loss for stats in self.stats) / len(self.stats)
+
+    def show(self, line, at_once=False):
+        """The terminal shows one line that changes, twice a second; a file gets a line every 15 seconds."""
+        live = sys.stdout.isatty()
+        if time.time() - self.shown < (0.5 if live else 15) and not at_once:
+            return
+        self.shown = time.time()
+        if live:
+            print(f"\r{line:<100}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def show_part(self, n_done):
+        """In the middle of a step, which may take minutes."""
+        run = self.run
+        share = run.cfg.batch // ranks()[1]
+        seconds_an_image = (time.time() - self.step_start) / n_done
+        time_left = ((run.cfg.steps - run.step) * share - n_done) * seconds_an_image
+        self.show(f"step {run.step + 1}/{run.cfg.steps}: {n_done} of {share} images, {seconds_an_image:.2f} s an image, "
+                  f"ETA {duration(time_left)}")  # fmt: skip
+
+    def add(self, stats, lr):
+        """Note a step."""
+        run = self.run
+        self.stats.append(stats)
+        rate = self.steps_per_second()
+        time_left = (run.cfg.steps - run.step) / rate
+        self.show(f"step {run.step}/{run.cfg.steps}  loss {self.mean_loss():.4f}  grad {stats.grad_norm:.2f}  "
+                  f"lr {lr:.1e}  {rate * run.cfg.batch:.3g} images/s  ETA {duration(time_left)}",
+                  at_once=run.step == run.cfg.steps)  # fmt: skip
+        self.step_start = time.time()
+        if run.step == self.first_step + 1 and run.step < run.cfg.steps:
+            self.first_step = run.step
+            self.start = self.step_start
+
+    def write_row(self, lr, val_loss=None):
+        run = self.run
+        images_per_s = self.steps_per_second() * run.cfg.batch
+        row = dict(step=run.step, loss=self.mean_loss(), grad_norm=self.stats[-1].grad_norm, lr=lr,
+                   images_per_s=images_per_s, tflops=images_per_s / ranks()[1] * self.tflop_per_image)  # fmt: skip
+        mse_sum = sum(stats.mse_sum for stats in self.stats)
+        mse_count = sum(stats.mse_count for stats in self.stats)
+        for quartile in range(4):
+            if mse_count[quartile]:
+                row[f"mse_q{quartile + 1}"] = mse_sum[quartile] / mse_count[quartile]
+        if val_loss is not None:
+            row["val_loss"] = val_loss
+        if run.model.config.ternary and run.step % 100 == 0:
+            row["zero"], row["flipped"] = self.code_shares()
+        self.stats = []
+        if self.file:
+            values = [row.get(field, "") for field in self.FIELDS]
+            print(*(f"{v:.6g}" if isinstance(v, float) else v for v in values), sep=",", file=self.file)
+
+    def code_shares(self):
+        """Share of ternary codes that are 0, and that changed since the last call, over all processes."""
+        before = self.codes
+        self.codes = sample_codes(self.run.model)
+        counts = [(self.codes == 0).sum(), (self.codes != before).sum(), len(self.codes)]
+        n_zero, n_flipped, n = all_sum(torch.tensor(counts, device=self.run.cfg.device)).tolist()
+        return n_zero / n, n_flipped / n
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM: remembered when they come, and looked at once a step, by all processes together."""
+
+    def __init__(self):
+        self.received = None  # the signal's number
+        self.requested = False  # by any of the processes
+        self.usual_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.usual_handlers:
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        if self.received is None:
+            self.received = number
+        # A second Ctrl-C stops at once, but not under a launcher: it repeats the signal that the terminal sent to all.
+        if ranks()[1] == 1:
+            signal.signal(number, self.usual_handlers[number])
+
+    def look(self):
+        n_received = all_sum(torch.tensor(float(self.received is not None)))
+        self.requested = n_received.item() > 0
+
+    def restore(self):
+        for number, handler in self.usual_handlers.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a command to a run
+
+
+def parse_args(argv=None):
+    """-> Namespace of TrainConfig's fields; None where the command does not say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    # fmt: off
+    flag("--size", choices=SIZES, help="default tiny")
+    flag("--data", help="folder with a subfolder of images for each class, or a cache; default: the embedded digits")
+    flag("--vae", help="train on the latents of this VAE, a diffusers model or folder; made once, in OUT/latents-*")
+    flag("--image-size", type=positive, help="pixels; default 24 for tiny and small, 256 with --vae, else 32")
+    flag("--batch", type=positive, help="images a step, of all processes; default 16 for tiny and small, 512 for 4.2B, else 256")
+    flag("--micro-batch", type=positive, help="images at a time within a step; default up to 32, as many as fit in memory")
+    flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, {PAPER.steps:,} up to 600M, "
+         f"at 4.2B {PAPER_LARGE.steps:,} ({PAPER_LARGE_512.steps:,} at 512 pixels)")
+    flag("--lr", type=float, help="default 4e-3 for tiny and small, else 1e-4")
+    flag("--decay", type=float, help="weight decay of the blocks' matrices; default 0.3 for tiny and small, else 0; above "
+         "these sizes for the first half of the steps")
+    flag("--qk-norm", action=argparse.BooleanOptionalAction, help="LayerNorm on queries and keys, which makes bf16 stable; "
+         "default on for S and larger, if trained from scratch")
+    flag("--seed", type=int, default=0)
+    flag("--out", type=Path, help="run folder; default runs/SIZE")
+    flag("--init", metavar="CKPT", help="start from a packed.pt, a state folder of your own or a released folder")
+    flag("--full-precision", action="store_true", help="no ternary weights (the paper's baseline)")
+    flag("--no-adaln-norm", action="store_true", help="no RMS Norm after adaLN (the paper's ablation)")
+    flag("--fresh", action="store_true", help="start over where the run folder holds a state")
+    flag("--save-every", type=positive, metavar="STEPS", help="default 1000; the last two are kept")
+    flag("--sample-every", type=positive, metavar="STEPS", help="default: a quarter of the run; on one process")
+    flag("--grid", type=int, metavar="N", help="images in a sample grid, 0 for none; default 4 a class, up to 40; none "
+         "of latents and for large models on a CPU")
+    flag("--checkpointing", action="store_true", help="compute a block's activations twice instead of keeping them")
+    flag("--compile", action="store_true", help="torch.compile the blocks: faster after half a minute")
+    flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--dtype", choices=["fp32", "bf16"], help="of matmuls; default bf16 where the hardware has it")
+    # fmt: on
+    flags = parser.parse_args(argv)
+    check_common(parser, flags)
+    if flags.lr is not None and not flags.lr > 0:
+        parser.error(f"argument --lr: got {flags.lr}, expected a number above 0")
+    if flags.decay is not None and not 0 <= flags.decay < 100:
+        parser.error(f"argument --decay: got {flags.decay}, expected 0 or more")
+    if flags.vae and not flags.data:
+        parser.error("argument --vae: needs --data")
+    if flags.grid is not None and flags.grid < 0:
+        parser.error(f"argument --grid: got {flags.grid}, expected 0 or more")
+    return flags
+
+
+def make_config(flags):
+    """-> TrainConfig, the model's Config (its classes come from the data later), and the weights of --init or None."""
+    if flags.init and flags.size:
         raise ValueError("--init takes its size from the checkpoint: leave out --size")
-    base, state = read_init(args.init) if args.init else (Config(**SIZES[args.size or "tiny"]), None)
-    recipe = dict(DEMO if base.prediction == "v" else PAPER)
-    recipe["dtype"] = "bf16" if args.gpus or bf16_is_fast(args.device) else "fp32"
-    cache = open_cache(Path(args.data)) if args.data and (Path(args.data) / "header.json").is_file() else None
+    init_state = None
+    if flags.init:
+        base, init_state = read_init(flags.init)
+    else:
+        flags.size = flags.size or "tiny"
+        base = Config(**SIZES[flags.size])
+    recipe = DEMO if base.prediction == "v" else PAPER  # tiny, small and what was trained like them predict v
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    cfg = replace(recipe, **given)
+    if cfg.dtype is None:
+        cfg.dtype = "bf16" if bf16_is_fast(cfg.device) else "fp32"
+    if cfg.out is None:
+        cfg.out = Path("runs/fine-tuned") if cfg.init else Path("runs") / cfg.size
+    if cfg.sample_every is None:
+        cfg.sample_every = max(1, cfg.steps // 4)
+
+    cache = open_cache(Path(cfg.data)) if cfg.data and is_cache(Path(cfg.data)) else None
+    if base.vae and not cfg.vae and not cache:
+        raise ValueError(f"--init {cfg.init} works on {base.in_channels} channels, latents of {base.vae}: add --vae")
+    if flags.image_size is None:
+        if cache:
+            cfg.image_size = cache.header["image_size"]
+        elif cfg.vae:
+            cfg.image_size = 256
+        elif cfg.init:
+            cfg.image_size = base.input_size
     if cache:
-        recipe["image_size"] = cache.header["image_size"]
-    elif base.vae and not args.vae:
-        raise ValueError(f"--init {args.init} works on {base.in_channels} channels, latents of {base.vae}: add --vae")
-    elif args.vae or args.init:
-        recipe["image_size"] = 256 if args.vae else base.input_size
-    vars(args).update(recipe | {k: v for k, v in vars(args).items() if v is not None})
-    args.out = Path(args.out or ("runs/fine-tuned" if args.init else f"runs/{args.size or 'tiny'}"))
-    channels, size = (4, args.image_size // 8) if args.vae else (base.in_channels, args.image_size)
-    if cache:
-        channels, size = cache.shape[:2]
-    large_dit = args.full_precision and not args.init  # has no norm there; what is fine-tuned keeps what it has
-    adaln_norm = base.adaln_norm and not (args.no_adaln_norm or large_dit)
-    # What does not split into patches is refused here, before images are read.
-    return replace(base, ternary=not args.full_precision, adaln_norm=adaln_norm, in_channels=channels,
-                   input_size=size), state  # fmt: skip
+        in_channels, input_size = cache.shape[:2]
+    elif cfg.vae:
+        in_channels, input_size = 4, cfg.image_size // 8
+    else:
+        in_channels, input_size = base.in_channels, cfg.image_size
+    adaln_norm = base.adaln_norm and not cfg.no_adaln_norm
+    if cfg.full_precision and not cfg.init:
+        adaln_norm = False  # Large-DiT has none; what is fine-tuned keeps what it has
+    # A size that does not split into patches is refused here, before images are read.
+    model_config = replace(base, ternary=not cfg.full_precision, adaln_norm=adaln_norm, in_channels=in_channels,
+                           input_size=input_size)  # fmt: skip
+    return cfg, model_config, init_state
 
 
-def export(args, config, tensors):
+def setup(flags):
+    """Everything before the first step -> Run, at the step of the state it goes on from."""
+    cfg, model_config, init_state = make_config(flags)
+    rank, world = ranks()
+    if cfg.batch % world:
+        raise ValueError(f"--batch {cfg.batch} does not split evenly over {world} processes")
+    if rank == 0:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(cfg.out, os.W_OK):
+            raise PermissionError(f"--out {cfg.out}: not writable")
+        for unfinished in cfg.out.glob("state-*.tmp"):
+            shutil.rmtree(unfinished)
+    barrier()
+    torch.manual_seed(cfg.seed)
+
+    data = load_data(cfg)
+    header = data.images.header
+    class_names = header["class_names"]
+    if cfg.init and model_config.class_names != class_names:
+        init_state = {name: value for name, value in init_state.items() if not name.startswith("y_embedder.")}
+        print(f"new label table: {cfg.init} has {model_config.num_classes} classes, here are {len(class_names)}")
+    model_config = replace(model_config, in_channels=data.images.shape[0], input_size=data.images.shape[1],
+                           num_classes=len(class_names), class_names=class_names, vae=header.get("vae"),
+                           latent_scale=header.get("latent_scale", model_config.latent_scale))  # fmt: skip
+    with torch.device("cpu" if rank == 0 else "meta"):
+        model = build_model(model_config, init_state, cfg.init)
+    n_params = sum(p.numel() for p in model.parameters())
+    if cfg.micro_batch is None:
+        cfg.micro_batch = 32 if n_params > 200e6 else cfg.batch
+    if cfg.grid is None:
+        no_grid = model_config.vae or (cfg.device == "cpu" and n_params > 50e6)
+        cfg.grid = 0 if no_grid else min(40, 4 * model_config.num_classes)
+
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    shard_model(model, cfg.device)
+    shard_model(ema.module, cfg.device)
+    compiled = cfg.compile and can_compile(cfg.device)
+    for block in model.layers:
+        if cfg.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if compiled:
+            block.compile(dynamic=False)
+    decode = None
+    if model_config.vae and cfg.grid:
+        decode = load_decoder(model_config.vae, model_config.latent_scale, cfg.device)
+    run = Run(cfg, data, model, ema, make_optimizer(model, cfg), decode)
+    resume(run)
+    print(f"{n_params / 1e6:.2f}M parameters{' in full precision' if cfg.full_precision else ''}, "
+          f"{(data.images.labels >= 0).sum()} images of {cfg.image_size}x{cfg.image_size}, "
+          f"steps {run.step}-{cfg.steps} of {cfg.batch} images, "
+          f"{f'{world} x ' if world > 1 else ''}{cfg.device} {cfg.dtype}, in {cfg.out}")  # fmt: skip
+    return run
+
+
+def resume(run):
+    """Fill the run from the newest state of its folder, if there is one."""
+    for p in run.model.parameters():
+        # AdamW's first state as it makes it itself, so that there are tensors to load into.
+        step = torch.zeros((), device=p.device)
+        zeros = torch.zeros_like(p.detach())
+        run.optimizer.state[p] = dict(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
+    if run.cfg.fresh:  # only now, when all that could be wrong with this command has been looked at
+        if ranks()[0] == 0:
+            for old in states(run.cfg.out):
+                remove_state(old)
+        barrier()
+    found = states(run.cfg.out)
+    if found:
+        step = check_state(found[-1], run.metadata())
+        load_tensors(found[-1], run.tensors())
+        run.step = step
+
+
+def export(run):
     """Write the averaged model of all processes, which leave their group. -> its path: packed.pt, or full.pt"""
-    path = args.out / ("full.pt" if args.full_precision else "packed.pt")
-    weights = ((k[4:], whole(v)) for k, v in tensors.items() if k.startswith("ema."))  # one at a time
-    weights = {k: v.cpu() for k, v in weights if ranks()[0] == 0}
+    cfg = run.cfg
+    path = cfg.out / ("full.pt" if cfg.full_precision else "packed.pt")
+    is_first = ranks()[0] == 0
+    weights = {}
+    for name, value in run.ema.module.named_parameters():
+        value = full_tensor(value.detach())  # one at a time
+        if is_first:
+            weights[name] = value.cpu()
     if dist.is_initialized():
         dist.destroy_process_group()
-    if weights:
+    if is_first:
         with torch.device("meta"):
-            model = DiT(config)
+            model = DiT(run.model.config)
         model.load_state_dict(weights, assign=True)
-        save_checkpoint(path, model if args.full_precision else pack_model(model))
+        save_checkpoint(path, model if cfg.full_precision else pack_model(model))
     return path
 
 
 def main(argv=None):
-    args = parse_args(argv)
     # Odd but readable images; complex numbers, which --compile leaves as they are; one process, which is fine.
     warnings.filterwarnings("ignore", module=r"PIL|torch\.(_inductor|distributed)")
-    rank, world = join(args.device)
-    base, init_state = resolve(args)
-    if args.plan:
-        return plan(args, base)
-    if args.batch % world:
-        raise ValueError(f"--batch {args.batch} does not split evenly over {world} processes")
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise PermissionError(f"--out {args.out}: not writable")
-        for left in args.out.glob("state-*.tmp"):
-            shutil.rmtree(left)
-    barrier()
-    torch.manual_seed(args.seed)
+    flags = parse_args(argv)
+    init_distributed(flags.device)
+    rank, world = ranks()
+    run = setup(flags)
+    cfg = run.cfg
+    log = Log(run)
+    stop = StopSignal()
 
-    # Data, model, optimizer, EMA, and the state of an earlier run if there is one
-    images, *_, held_out = data = load_data(args)
-    header, class_names = images.header, images.header["class_names"]
-    config = replace(base, in_channels=images.shape[0], input_size=images.shape[1], num_classes=len(class_names),
-                     class_names=class_names, vae=header.get("vae"),
-                     latent_scale=header.get("latent_scale", base.latent_scale))  # fmt: skip
-    if args.init and base.class_names != class_names:
-        init_state = {k: v for k, v in init_state.items() if not k.startswith("y_embedder.")}
-        print(f"new label table: {args.init} has {base.num_classes} classes, here are {len(class_names)}")
-    with torch.device("cpu" if rank == 0 else "meta"):
-        model = build_model(args, config, init_state)
-    n_params = sum(p.numel() for p in model.parameters())
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    for m in (model, ema.module):
-        place(m, args.device)
-    compiled = args.compile and can_compile(args.device)
-    for layer in model.layers:
-        if args.checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        if compiled:
-            layer.compile(dynamic=False)
-    diffusion = GaussianDiffusion(prediction=config.prediction)
-    optimizer = make_optimizer(model, args.lr, args.betas, args.decay)
-    tensors = {"n_averaged": ema.n_averaged}  # with about, below, all that a resumed run needs
-    for (name, p), averaged in zip(model.named_parameters(), ema.module.parameters()):
-        zeros = {k: torch.zeros_like(p.detach()) for k in ("exp_avg", "exp_avg_sq")}
-        # AdamW's first state as it makes it itself, but there to load into.
-        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), **zeros)
-        kinds = dict(model=p.detach(), ema=averaged.detach(), **optimizer.state[p])
-        tensors |= {f"{kind}.{name}": v for kind, v in kinds.items()}
-    about = dict(format=STATE, config=asdict(config), images=len(images.labels), torch=str(torch.__version__))
-    about["files"] = zlib.crc32(json.dumps(header.get("files")).encode())
-    about |= {k: getattr(args, k) for k in ("steps", "batch", "lr", "decay", "seed", "init", "dtype")}
-    step = 0
-    if args.fresh:  # only now, when all that could be wrong with this command has been looked at
-        for old in states(args.out) if rank == 0 else []:
-            shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # renamed first, as in save_state
-        barrier()
-    if found := states(args.out):
-        step = check_state(found[-1], about)
-        load_tensors(found[-1], tensors)
-    micro = micro_batch(args, n_params)
-    print(f"{n_params / 1e6:.2f}M parameters{' in full precision' * args.full_precision}, "
-          f"{(images.labels >= 0).sum()} images of {args.image_size}x{args.image_size}, steps {step}-{args.steps} of "
-          f"{args.batch} images, {f'{world} x ' * (world > 1)}{args.device} {args.dtype}, in {args.out}")  # fmt: skip
+    while run.step < cfg.steps and not stop.requested:
+        stop.look()  # before the step, so that all processes end after the same one
+        batch = run.next_batch()  # a function of (seed, step)
+        lr = set_learning_rate(run.optimizer, cfg, run.step)
+        stats = train_step(run, batch, log.show_part)
 
-    grid = args.grid
-    if grid is None:
-        grid = 0 if config.vae or args.device == "cpu" and n_params > 50e6 else min(40, 4 * config.num_classes)
-    decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae and grid else None
-
-    def draw_grid(model, path):
-        y = torch.arange(grid) % min(10, config.num_classes)
-        sheet = sample_images(model.eval(), y, args.seed, decode=decode, progress=Progress(grid * STEPS))
-        save_grid(sheet, min(10, config.num_classes, grid), path)
-
-    def micro_batches(*tensors):
-        return list(zip(*(z.to(args.device).split(micro) for z in tensors)))
-
-    def losses(model, x0, t, y, noise):
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
-            return diffusion.training_losses(model, x0, t, y, noise)
-
-    @torch.no_grad()
-    def validate():
-        """Loss of the averaged model on what is held out, with the same timesteps and noise each time."""
-        x0, y = (z[: 4 * args.batch] for z in held_out)
-        t, noise = torch.arange(len(y)) * 1000 // len(y), torch.randn(x0.shape, generator=generator(args.seed, 3))
-        parts = micro_batches(x0, t, y, noise)
-        return sum(losses(ema.module, *part)["loss"].sum().item() for part in parts) / len(y)
-
-    stop, usual = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number, frame):
-        stop.append(number)  # looked at once a step
-        if world == 1:  # a launcher passes on a signal that the terminal may have sent already
-            signal.signal(number, usual[number])  # a second one stops at once
-
-    for s in usual:
-        signal.signal(s, on_signal)
-
-    log = open_log(args.out / "log.csv", step) if rank == 0 else None
-    sample_every = args.sample_every or max(1, args.steps // 4)
-    codes = sample_codes(model) if config.ternary else None
-    acp = torch.from_numpy(diffusion.alphas_cumprod).to(args.device)
-    flops = flops_an_image(config)
-    shown, start, first, total, stopped = 0.0, time.time(), step, 0, False
-    pool = ThreadPoolExecutor(1)  # draws the next batch while this one computes
-    batch = pool.submit(draw_batch, data, config, args, diffusion, step)
-    while step < args.steps and not stopped:
-        # The learning rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small.
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        lr = args.lr * min(1, (step + 1) / args.warmup) * cosine
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        parts = micro_batches(*batch.result())
-        batch = pool.submit(draw_batch, data, config, args, diffusion, step + 1)
-        seen = torch.zeros(11, device=args.device, dtype=torch.float64)  # stop, loss, 1, MSE by quartile, counts
-        # Gradients add up over micro-batches, which bounds the memory of activations.
-        for x0, t, y, noise in parts:
-            terms = losses(model, x0, t, y, noise)
-            part = terms["loss"].sum() / args.batch
-            (part * world).backward()  # FSDP takes the mean over the processes
-            mse = terms["mse"].detach() * (acp[t] if config.prediction == "v" else 1)  # v's error -> the noise's
-            seen[1] += part.detach()
-            seen[3:].index_add_(0, torch.cat([t // 250, t // 250 + 4]), torch.cat([mse, mse**0]).double())
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-        seen[0], seen[2] = len(stop), 1 / world
-        total = total + all_sum(seen).cpu().numpy()
-        stopped, loss, *_ = seen.tolist()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = first_bad_layer(model, lambda: [losses(model, *part) for part in parts])
-            kept = f"{states(args.out)[-1]} holds the last good state" if states(args.out) else "nothing was saved yet"
-            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}, not finite first in {where}: "
-                             f"stopped; {kept}. Try a lower --lr")  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad()
-        if world > 1:
-            ema.module.reshard()  # validation leaves some of it whole
-        ema.update_parameters(model)
-        step += 1
-
-        now, live = time.time(), sys.stdout.isatty()
-        rate = (step - first) / (now - start)  # steps a second
-        saving = step % args.save_every == 0 or args.keep_every and step % args.keep_every == 0 or step == args.steps
-        if now - shown > (0.5 if live else 15) or step == args.steps:
-            shown, left = now, timedelta(seconds=int((args.steps - step) / rate))
-            print(f"{chr(13) * live}step {step}/{args.steps}  loss {total[1] / total[2]:.4f}  grad {grad_norm:.2f}  "
-                  f"lr {lr:.1e}  {rate * args.batch:.3g} images/s  ETA {left}   ",
-                  end="" if live else "\n", flush=True)  # fmt: skip
-        if step % 10 == 0 or saving:
-            row = dict(step=step, loss=total[1] / total[2], grad_norm=grad_norm, lr=lr, images_per_s=rate * args.batch)
-            row["tflops"] = row["images_per_s"] / world * flops / 1e12
-            row |= {f"mse_q{i + 1}": total[i + 3] / total[i + 7] for i in range(4) if total[i + 7]}
-            if config.ternary and step % 100 == 0:
-                before, codes = codes, sample_codes(model)
-                counts = torch.tensor([(codes == 0).sum(), (codes != before).sum(), len(codes)], device=args.device)
-                row["zero"], row["flipped"] = (all_sum(counts)[:2] / counts[2]).tolist()
-            if saving and held_out:
-                row["val_loss"] = validate()
-            if log:
-                log(row)
-            total = 0
-        if saving or stopped:
-            save_state(args.out, tensors, about | {"step": step}, args.keep_every)
-        if grid and world == 1 and step % sample_every == 0 and step < args.steps:
-            before = time.time()
-            draw_grid(ema.module, args.out / f"grid-{step:07d}.png")
-            start += time.time() - before  # not training time
+        is_last = run.step == cfg.steps
+        saving = run.step % cfg.save_every == 0 or is_last
+        log.add(stats, lr)
+        if run.step % 10 == 0 or saving:
+            val_loss = validate(run) if saving and run.data.held_out else None
+            log.write_row(lr, val_loss)
+        if saving or stop.requested:
+            save_state(cfg.out, run.tensors(), run.metadata())
+        if cfg.grid and world == 1 and run.step % cfg.sample_every == 0 and not is_last:
+            with log.paused_clock():
+                draw_grid(run, run.ema.module, cfg.out / f"grid-{run.step:07d}.png")
     print()
-    pool.shutdown(cancel_futures=True)
-    for s, handler in usual.items():
-        signal.signal(s, handler)
-    if stopped:
-        print(f"stopped at step {step}, saved in {args.out}; the same command{' without --fresh' * args.fresh} goes on")
-        sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    run.pool.shutdown(cancel_futures=True)
+    stop.restore()
+    if stop.requested:
+        goes_on = "the same command without --fresh" if cfg.fresh else "the same command"
+        print(f"stopped at step {run.step}, saved in {cfg.out}; {goes_on} goes on")
+        sys.exit(128 + (stop.received or signal.SIGTERM))
 
-    path = export(args, config, tensors)
+    path = export(run)
     if rank == 0:
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {4 * n_params / 1e6:.2f} MB")
-        if grid:
-            draw_grid(load_model(path, args.device), args.out / "grid.png")  # the picture comes from the file
-            print(f"{args.out / 'grid.png'}: samples of {path.name}")
+        fp32_mb = 4 * sum(p.numel() for p in run.model.parameters()) / 1e6
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {fp32_mb:.2f} MB")
+        if cfg.grid:
+            draw_grid(run, load_model(path, cfg.device), cfg.out / "grid.png")  # the picture comes from the file
+            print(f"{cfg.out / 'grid.png'}: samples of {path.name}")
     if world > 1:
         # All is written. torch's own teardown sometimes aborts a process that has taken part in a group ("terminate
         # called without an active exception"), and the launcher then kills the others, rank 0 at its files included.
@@ -816,4 +1326,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,5 +1,6 @@
 """The two scripts as a user runs them: exit codes, messages, files."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,174 +14,214 @@ from PIL import Image
 import sample
 from terdit import Config, DiT, GaussianDiffusion, load_model, pack_model, save_checkpoint
 from tests.conftest import ROOT
-from tests.test_golden import FOLDERS
-from tests.test_ternary import awake
+from tests.helpers import RELEASED, SMALL, awake
 
-SMALL = dict(input_size=8, patch_size=2, in_channels=3, dim=32, n_layers=2, n_heads=4, multiple_of=16, num_classes=3)
+PETS = SMALL | dict(num_classes=3, class_names=["cat", "dog", "0"])
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
+    """A packed file of a model that draws cats, dogs and zeros of 8x8 pixels."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("ckpt") / "packed.pt"
-    save_checkpoint(path, pack_model(awake(DiT(Config(**SMALL, class_names=["cat", "dog", "0"], prediction="v")))))
+    save_checkpoint(path, pack_model(awake(DiT(Config(**PETS, prediction="v")))))
     return path
 
 
-def call(script, *flags, cwd=None):
-    return subprocess.run(
-        [sys.executable, ROOT / script, *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-    )
+def call(script, *flags, cwd):
+    """Run a script in a process of its own -> its exit code and what it printed."""
+    command = [sys.executable, ROOT / script, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
 
 
-def test_sample_as_a_user(ckpt, tmp_path):
+def draw(model, y, **options):
+    """Sample the labels y in a few steps -> (n, H, W, 3) uint8."""
+    return sample.to_uint8(sample.sample_images(model, y, **{"steps": 5, **options}))
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_a_grid_and_reports(ckpt, tmp_path):
     done = call("sample.py", "--ckpt", ckpt, "--n", 7, "--steps", 3, "--out", tmp_path / "g.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "g.png").size == (3 * 96, 3 * 96)  # three classes, three rows
-    for word in (
-        "on disk",
-        "2-bit codes",
-        "full-precision rest",
-        "container",
-        "peak resident memory",
-        "s an image",
-        "wrote",
-    ):
-        assert word in done.stdout
+    for text in ("on disk", "2-bit codes", "full-precision rest", "container"):
+        assert text in done.stdout
+    for text in ("peak resident memory", "s an image", "wrote"):
+        assert text in done.stdout
     assert os.listdir(tmp_path) == ["g.png"]
 
 
-def images(model, y, **kwargs):
-    return sample.to_uint8(sample.sample_images(model, y, **{"steps": 5, **kwargs}))
-
-
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_seed_decides_not_batch(ckpt, sampler):
-    model, y = load_model(ckpt), [0, 1, 2, 0, 1]
-    want = images(model, y, seed=3, sampler=sampler)
+def test_the_seed_decides_and_not_the_batch(ckpt, sampler):
+    model = load_model(ckpt)
+    y = [0, 1, 2, 0, 1]
+    want = draw(model, y, seed=3, sampler=sampler)
     for batch in (1, 2, 3):
-        got = images(model, y, seed=3, sampler=sampler, batch=batch)
-        assert np.abs(got.astype(int) - want).max() <= 1  # matmuls of another height may round otherwise
-    assert (images(model, y, seed=4, sampler=sampler) != want).mean() > 0.5
+        got = draw(model, y, seed=3, sampler=sampler, batch=batch)
+        # Matmuls of another height may round otherwise, which moves a pixel by 1 at most.
+        assert np.abs(got.astype(int) - want).max() <= 1
+    assert (draw(model, y, seed=4, sampler=sampler) != want).mean() > 0.5
     assert (want[0] != want[3]).mean() > 0.5  # two images of one class
 
 
-@pytest.mark.parametrize("cfg", [1, 3.0])
+@pytest.mark.parametrize("cfg_scale", [1, 3.0])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_sampling_against_the_plain_loop(ckpt, sampler, cfg):
-    """sample_latents computes adaLN for many steps at once; more steps than that here. This is the loop it stands for."""
-    model, y, steps = load_model(ckpt), [1, 0, 1], sample.AHEAD + 4
-    generators = [sample.generator(5, place) for place in range(3)]
-    shape = (model.config.in_channels, *[model.config.input_size] * 2)
-    draw = lambda x: torch.stack([torch.randn(shape, generator=g) for g in generators])
-    null = torch.full((3,), model.config.num_classes)
+def test_sampling_is_guided_and_draws_noise_by_index(ckpt, sampler, cfg_scale):
+    """Against guidance and noise that are written out here."""
+    model = load_model(ckpt)
+    y = torch.tensor([1, 0, 1])
+    index = [4, 0, 7]
+    shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
+    generators = [sample.generator(5, i) for i in index]
 
-    def model_fn(x, t):
-        cond, uncond = model(x, t, torch.tensor(y)), model(x, t, null)
-        pred, guided = uncond[:, :3] + cfg * (cond[:, :3] - uncond[:, :3]), cond.clone()
-        guided[:, :3] = pred
-        return guided
+    def noise(x):
+        return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
-    diffusion = GaussianDiffusion(str(steps), model.config.prediction)
-    loop = diffusion.p_sample_loop if sampler == "ddpm" else diffusion.ddim_sample_loop
-    want = loop(model_fn, draw(None), clip_denoised=True, noise_fn=draw if sampler == "ddpm" else torch.zeros_like)
-    got = sample.sample_latents(model, list(enumerate(y)), 5, cfg, steps, sampler)
+    def guided_model(x, t):
+        cond = model(x, t, y)
+        uncond = model(x, t, torch.full_like(y, model.config.num_classes))
+        guided = uncond[:, :3] + cfg_scale * (cond[:, :3] - uncond[:, :3])
+        return torch.cat([guided, cond[:, 3:]], dim=1)  # sigma is not guided
+
+    diffusion = GaussianDiffusion("12", model.config.prediction)
+    if sampler == "ddpm":
+        want = diffusion.p_sample_loop(guided_model, noise(None), clip_denoised=True, noise_fn=noise)
+    else:
+        want = diffusion.ddim_sample_loop(guided_model, noise(None), clip_denoised=True)
+    got = sample.sample_latents(model, y, index, seed=5, cfg_scale=cfg_scale, steps=12, sampler=sampler)
     assert (got - want).abs().max() < 1e-4
 
 
-def test_guidance_of_one_is_none(ckpt):
+def test_a_guidance_scale_of_one_is_no_guidance(ckpt):
     model = load_model(ckpt)
-    near = images(model, [0, 1], cfg=1.0001).astype(int)
-    assert np.abs(images(model, [0, 1], cfg=1.0) - near).max() <= 1
-    assert np.abs(images(model, [0, 1], cfg=4.0) - near).max() > 5
+    almost_one = draw(model, [0, 1], cfg_scale=1.0001).astype(int)  # by the guided path
+    assert np.abs(draw(model, [0, 1], cfg_scale=1.0) - almost_one).max() <= 1
+    assert np.abs(draw(model, [0, 1], cfg_scale=4.0) - almost_one).max() > 5
 
 
-def test_npz_is_what_adm_reads(ckpt, tmp_path, monkeypatch, capsys):
-    sample.main(["--ckpt", str(ckpt), "--npz", "8", "--steps", "2", "--batch", "3", "--out", str(tmp_path / "x.npz")])
-    data = np.load(tmp_path / "x.npz")
-    assert data["arr_0"].shape == (8, 8, 8, 3) and data["arr_0"].dtype == np.uint8
+def test_npz_is_what_adm_reads(ckpt, tmp_path):
+    path = tmp_path / "x.npz"
+    sample.main(["--ckpt", str(ckpt), "--npz", "8", "--steps", "2", "--batch", "3", "--out", str(path)])
+    data = np.load(path)
+    assert data["arr_0"].shape == (8, 8, 8, 3)
+    assert data["arr_0"].dtype == np.uint8
     assert data["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
-    with zipfile.ZipFile(tmp_path / "x.npz") as z:
-        assert z.namelist() == ["arr_0.npy", "arr_1.npy"]
+    with zipfile.ZipFile(path) as file:
+        assert file.namelist() == ["arr_0.npy", "arr_1.npy"]
+
+
+def test_npz_covers_every_class(tmp_path):
+    """A grid shows eight of more than ten classes; an .npz, from which FID is computed, must have them all."""
+    save_checkpoint(tmp_path / "m.pt", DiT(Config(**SMALL | dict(num_classes=12))))
+    path = tmp_path / "x.npz"
+    sample.main(["--ckpt", str(tmp_path / "m.pt"), "--npz", "13", "--steps", "1", "--out", str(path)])
+    assert np.load(path)["arr_1"].tolist() == [*range(12), 0]
 
 
 def test_classes_by_name_and_index():
-    config = Config(**SMALL, class_names=["cat", "dog", "0"])
+    config = Config(**PETS)
     assert sample.pick_classes(["dog", "1", "2", "0"], config) == [1, 1, 2, 2]  # a name comes before an index
     assert sample.pick_classes(None, config) == [0, 1, 2]
-    released = load_model(FOLDERS["terdit"], n_heads=4).config
+
+
+def test_classes_of_released_models_are_ordered_as_strings():
+    released = load_model(RELEASED["terdit"], n_heads=4).config
     assert sample.pick_classes(["7"], released) == [7]
     imagenet = Config(class_names=sorted(str(i) for i in range(1000)))
     assert sample.pick_classes(["207", "2"], imagenet) == [121, 112]
     assert len(sample.pick_classes(None, imagenet)) == 8
 
 
-def test_npz_covers_every_class(tmp_path):
-    save_checkpoint(tmp_path / "m.pt", DiT(Config(**SMALL | {"num_classes": 12})))
-    sample.main(["--ckpt", str(tmp_path / "m.pt"), "--npz", "13", "--steps", "1", "--out", str(tmp_path / "x.npz")])
-    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [*range(12), 0]
+# What is refused ------------------------------------------------------------------------------------------------------
 
 
-def usage(*flags):
-    return ["--ckpt", "CKPT", *flags]
+def run_sample(flags, capsys):
+    """Run sample.py with flags that it refuses -> exit code, message."""
+    with pytest.raises(SystemExit) as e:
+        sample.run_main(lambda: sample.main(flags))
+    if isinstance(e.value.code, str):  # sys.exit("text") prints the text and exits with 1
+        return 1, e.value.code
+    return e.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (usage("--classes", "3"), 1, "class 3 is out of range: this checkpoint has 3 classes, 0-2"),
-        (usage("--classes", "-1"), 1, "class -1 is out of range"),
-        (usage("--classes", "bird"), 1, "class 'bird' is unknown: this checkpoint has 3 classes, cat, dog, 0"),
-        (usage("--steps", "0"), 2, "argument --steps: got 0, expected a whole number of at least 1"),
-        (usage("--steps", "1001"), 2, "got 1001, expected at most 1000"),
-        (usage("--n", "-4"), 2, "argument --n: got -4"),
-        (usage("--batch", "0"), 2, "argument --batch: got 0"),
-        (usage("--npz", "4", "--n", "4"), 2, "leave out --n"),
-        (usage("--out", "/nowhere/x.png"), 2, "/nowhere is not a folder that can be written to"),
-        (usage("--seed", "-1"), 2, "--seed"),
-        (usage("--vae", "x"), 1, "draws pixels, there are no latents to decode"),
-        (usage("--out", "."), 2, "is a folder, expected a file"),
-        (["--ckpt", "missing.pt"], 1, "missing.pt: no such file"),
-        (["--ckpt", str(FOLDERS["terdit"])], 1, "n_heads"),
-        ([], 2, "--ckpt"),
+        ("--classes 3", 1, "class 3 is out of range: this checkpoint has 3 classes, 0-2"),
+        ("--classes -1", 1, "class -1 is out of range"),
+        ("--classes bird", 1, "class 'bird' is unknown: this checkpoint has 3 classes, cat, dog, 0"),
+        ("--steps 0", 2, "argument --steps: got 0, expected a whole number of at least 1"),
+        ("--steps 1001", 2, "got 1001, expected at most 1000"),
+        ("--n -4", 2, "argument --n: got -4"),
+        ("--batch 0", 2, "argument --batch: got 0"),
+        ("--npz 4 --n 4", 2, "leave out --n"),
+        ("--out /nowhere/x.png", 2, "/nowhere is not a folder that can be written to"),
+        ("--out .", 2, "is a folder, expected a file"),
+        ("--seed -1", 2, "--seed"),
+        ("--vae x", 1, "draws pixels, there are no latents to decode"),
     ],
 )
 def test_sample_refuses(ckpt, tmp_path, monkeypatch, capsys, flags, code, message):
     monkeypatch.chdir(tmp_path)
-    flags = [str(ckpt) if f == "CKPT" else f for f in flags]
-    if "n_heads" in message:
-        flags += ["--n-heads", "7"]
-    with pytest.raises(SystemExit) as e:
-        sample.run(lambda: sample.main(flags))
-    shown = capsys.readouterr().err + str(e.value.code if isinstance(e.value.code, str) else "")
-    assert (1 if isinstance(e.value.code, str) else e.value.code) == code and message in shown, shown
+    got_code, got_message = run_sample(["--ckpt", str(ckpt), *flags.split()], capsys)
+    assert message in got_message
+    assert got_code == code
     assert os.listdir(tmp_path) == []
 
 
-def test_one_line_errors_from_the_shell(tmp_path):
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        ([], 2, "--ckpt"),
+        (["--ckpt", "missing.pt"], 1, "missing.pt: no such file"),
+        (["--ckpt", str(RELEASED["terdit"]), "--n-heads", "7"], 1, "n_heads=7"),
+    ],
+)
+def test_sample_refuses_checkpoints(tmp_path, monkeypatch, capsys, flags, code, message):
+    monkeypatch.chdir(tmp_path)
+    got_code, got_message = run_sample(flags, capsys)
+    assert message in got_message
+    assert got_code == code
+    assert os.listdir(tmp_path) == []
+
+
+def test_sample_tells_a_bad_file_in_one_line(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     done = call("sample.py", "--ckpt", tmp_path / "bad.pt", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "bad.pt" in done.stderr and not done.stdout
-    done = call("train.py", "--image-size", 26, "--out", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 1 and "image size 26 is not a multiple of the patch size 4" in done.stderr
-    done = call("train.py", "--steps", 0, cwd=tmp_path)
-    assert done.returncode == 2 and "argument --steps: got 0" in done.stderr
-    done = call("train.py", "--out", tmp_path / "bad.pt", cwd=tmp_path)
-    assert done.returncode == 1 and "bad.pt" in done.stderr and done.stderr.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == ["bad.pt", "run"] or os.listdir(tmp_path) == ["bad.pt"]
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "bad.pt" in done.stderr
+    assert done.stdout == ""
 
 
-def test_latent_checkpoint_names_what_is_missing(tmp_path, capsys):
-    try:
-        import diffusers  # noqa: F401
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        ("--image-size 26 --out run", 1, "image size 26 is not a multiple of the patch size 4"),
+        ("--steps 0", 2, "argument --steps: got 0"),
+    ],
+)
+def test_train_refuses(tmp_path, flags, code, message):
+    done = call("train.py", *flags.split(), cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert os.listdir(tmp_path) == []
 
-        pytest.skip("diffusers is installed")
-    except ImportError:
-        pass
+
+def test_train_tells_in_one_line_that_out_is_a_file(tmp_path):
+    (tmp_path / "taken.txt").touch()
+    done = call("train.py", "--out", "taken.txt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "taken.txt" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["taken.txt"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers"), reason="diffusers is installed")
+def test_a_latent_checkpoint_names_the_package_that_is_missing(tmp_path, capsys):
     with pytest.raises(ValueError, match="pip install diffusers"):
-        sample.main(["--ckpt", str(FOLDERS["terdit"]), "--n-heads", "4", "--out", str(tmp_path / "x.png")])
-    assert "orders as strings" in capsys.readouterr().out and os.listdir(tmp_path) == []
+        sample.main(["--ckpt", str(RELEASED["terdit"]), "--n-heads", "4", "--out", str(tmp_path / "x.png")])
+    assert "orders as strings" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == []

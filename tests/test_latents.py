@@ -1,4 +1,4 @@
-"""Latents: encoded once into a memory-mapped cache, trained on and sampled without touching the VAE again until decoding."""
+"""Latents: a VAE encodes the images once, into a memory-mapped cache. Training reads that, and sampling decodes."""
 
 import sys
 import types
@@ -11,17 +11,19 @@ from PIL import Image
 import sample
 import train
 from terdit import load_model
-from tests.test_train import FAST, few_digits, load, save_image  # noqa: F401
+from tests.helpers import run, save_image, short_training  # noqa: F401
 
 SCALE = 0.5  # not the SD VAE's, so that a scale written in the code would be noticed
 
 
 @pytest.fixture
 def photos(tmp_path):
+    """20 photos of two classes, and a file that is none."""
+    folder = tmp_path / "photos"
     for i in range(20):
-        save_image(tmp_path / f"photos/{'ab'[i % 2]}/{i:02d}.png", size=(40, 32), colour=(12 * i, 255 - 12 * i, 100))
-    (tmp_path / "photos/a/broken.jpg").write_bytes(b"no")
-    return tmp_path / "photos"
+        save_image(folder / "ab"[i % 2] / f"{i:02d}.png", size=(40, 32), colour=(12 * i, 255 - 12 * i, 100))
+    (folder / "a/broken.jpg").write_bytes(b"no")
+    return folder
 
 
 @pytest.fixture
@@ -30,106 +32,161 @@ def vae(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, layers_per_block=1, scaling_factor=SCALE)  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        scaling_factor=SCALE,
+    )
     model.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
 
-def run(out, *flags):
-    train.main([*FAST[:-2], "--out", str(out), *map(str, flags)])
+@pytest.fixture
+def trained(photos, vae, tmp_path):
+    """A run folder after one step on latents, and the flags that go on with it."""
+    flags = ["--data", photos, "--vae", vae]
+    run(tmp_path / "run", *flags, "--steps", 1, image_size=64)
+    return tmp_path / "run", flags
 
 
-def test_train_and_sample(photos, vae, tmp_path, monkeypatch, capsys):
-    flags = ["--image-size", 64, "--data", photos, "--vae", vae]
-    run(tmp_path / "run", *flags, "--steps", 2)
-    shown = capsys.readouterr()
-    assert "broken.jpg: left out" in shown.err and "20 images of 2 classes" in shown.out
-    config = load_model(tmp_path / "run/packed.pt").config
-    assert (config.vae, config.latent_scale, config.in_channels, config.input_size) == (str(vae), SCALE, 4, 8)
+# With a real VAE ------------------------------------------------------------------------------------------------------
 
-    # What is in the cache: the VAE's mean, scaled, as it is and mirrored.
-    cache = train.open_cache(tmp_path / "run/latents-64")
+
+def test_config_says_how_to_decode(capsys, trained, vae):
+    out, _ = trained
+    shown = capsys.readouterr()  # of the training, because capsys comes first
+    assert "broken.jpg: left out" in shown.err
+    assert "20 images of 2 classes" in shown.out
+    config = load_model(out / "packed.pt").config
+    assert (config.vae, config.latent_scale) == (str(vae), SCALE)
+    assert (config.in_channels, config.input_size) == (4, 8)
+
+
+def test_cache_holds_the_scaled_means_plain_and_mirrored(trained, photos, vae):
     from diffusers import AutoencoderKL
 
+    out, _ = trained
+    cache = train.open_cache(out / "latents-64")
     images = np.stack([train.load_image(photos / name, 64) for name, _ in cache.header["files"][:2]])
     x = torch.from_numpy(images).float() / 127.5 - 1
     with torch.no_grad():
-        want = AutoencoderKL.from_pretrained(vae).encode(torch.cat([x, x.flip(-1)])).latent_dist.mean * SCALE
-    got = cache[torch.tensor([0, 1, 0, 1]), torch.tensor([False, False, True, True])]
-    assert torch.allclose(got[0], want, atol=2e-3) and got[1].tolist() == [0, 0, 0, 0]
+        means = AutoencoderKL.from_pretrained(vae).encode(torch.cat([x, x.flip(-1)])).latent_dist.mean
+    latents, labels = cache[torch.tensor([0, 1, 0, 1]), torch.tensor([False, False, True, True])]
+    assert torch.allclose(latents, means * SCALE, atol=2e-3)
+    assert labels.tolist() == [0, 0, 0, 0]
 
-    # Later runs never touch the VAE, nor the images: here, or from the cache alone.
+
+def test_later_runs_need_neither_vae_nor_images(trained, photos, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    out, flags = trained
+    cache = out / "latents-64"
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", None)
     photos.rename(tmp_path / "gone")
-    run(tmp_path / "run", *flags, "--steps", 3)
-    run(tmp_path / "other", "--data", tmp_path / "run/latents-64", "--steps", 3)
-    assert load(tmp_path / "run")["step"] == 3 and load_model(tmp_path / "other/packed.pt").config == config
-    run(tmp_path / "tuned", "--data", tmp_path / "run/latents-64", "--init", tmp_path / "run/packed.pt", "--steps", 1)
+    # The same command goes on.
+    assert run(out, *flags, "--steps", 3, image_size=64)["step"] == 3
+    # The cache alone says how to decode.
+    run(tmp_path / "other", "--data", cache, "--steps", 3, image_size=None)
+    assert load_model(tmp_path / "other/packed.pt").config == load_model(out / "packed.pt").config
+    # Fine-tuning needs the cache: the model works on latents.
+    init = ["--init", out / "packed.pt", "--steps", 1]
+    run(tmp_path / "tuned", "--data", cache, *init, image_size=None)
     with pytest.raises(ValueError, match="works on 4 channels, latents of .*: add --vae"):
-        run(tmp_path / "no", "--init", tmp_path / "run/packed.pt", "--steps", 1)
-    monkeypatch.undo()
-    out = tmp_path / "grid.png"
-    sample.main(["--ckpt", str(tmp_path / "run/packed.pt"), "--n", "2", "--steps", "2", "--out", str(out)])
-    assert Image.open(out).size == (128, 64)
+        run(tmp_path / "no", *init, image_size=None)
 
 
-def test_refused(photos, vae, tmp_path):
-    flags = ["--image-size", 64, "--data", photos, "--vae", vae]
-    run(tmp_path / "run", *flags, "--steps", 1)
-    cache = tmp_path / "run/latents-64"
-    for extra, message in (
-        (["--vae", "another"], "made with vae='.*vae', this command says 'another'"),
-        (["--data", cache, "--image-size", 32], "made with image_size=64, this command says 32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(tmp_path / "run", *flags, *extra, "--steps", 2)
-    header = (cache / "header.json").read_text()
-    (cache / "header.json").write_text(header.replace(train.CACHE, "foreign"))
+def test_sampling_decodes(trained, tmp_path):
+    out, _ = trained
+    grid = tmp_path / "grid.png"
+    sample.main(["--ckpt", str(out / "packed.pt"), "--n", "2", "--steps", "2", "--out", str(grid)])
+    assert Image.open(grid).size == (128, 64)
+
+
+def test_another_vae_is_refused(trained):
+    out, flags = trained
+    with pytest.raises(ValueError, match="made with vae='.*vae', this command says 'another'"):
+        run(out, *flags, "--vae", "another", "--steps", 2, image_size=64)
+
+
+def test_another_image_size_is_refused(trained):
+    out, flags = trained
+    with pytest.raises(ValueError, match="made with image_size=64, this command says 32"):
+        run(out, *flags, "--data", out / "latents-64", "--steps", 2, image_size=32)
+
+
+def test_a_cache_of_another_format_is_refused(trained):
+    out, flags = trained
+    header = out / "latents-64/header.json"
+    header.write_text(header.read_text().replace(train.CACHE, "foreign"))
     with pytest.raises(ValueError, match="format='foreign'"):
-        run(tmp_path / "run", *flags, "--steps", 2)
-    (cache / "header.json").write_text(header)
-    whole = (cache / "x.npy").read_bytes()
-    (cache / "x.npy").write_bytes(whole[:-100])
+        run(out, *flags, "--steps", 2, image_size=64)
+
+
+def test_a_cache_that_was_cut_short_is_refused(trained):
+    out, flags = trained
+    latents = out / "latents-64/x.npy"
+    latents.write_bytes(latents.read_bytes()[:-100])
     with pytest.raises(ValueError, match="latents-64: cut short or damaged"):
-        run(tmp_path / "run", *flags, "--steps", 2)
-    (cache / "x.npy").write_bytes(whole)
-    labels = np.load(cache / "labels.npy")
+        run(out, *flags, "--steps", 2, image_size=64)
+
+
+def test_an_unfinished_cache_is_refused(trained):
+    out, flags = trained
+    path = out / "latents-64/labels.npy"
+    labels = np.load(path)
     labels[3:] = train.UNREAD
-    np.save(cache / "labels.npy", labels)
+    np.save(path, labels)
     with pytest.raises(ValueError, match="18 of 21 images are not in it yet"):
-        run(tmp_path / "run", "--data", cache, "--steps", 2)
+        run(out, "--data", out / "latents-64", "--steps", 2, image_size=None)
 
 
-def test_stopped_encoding_goes_on(photos, tmp_path, monkeypatch):
-    """With a stand-in for the VAE: a run that is stopped while it encodes leaves the rest, and only that, to the next."""
-    seen = []
+# With a stand-in for the VAE ------------------------------------------------------------------------------------------
 
-    def encoder(name, device):
-        def encode(images):
-            seen.extend([] if not images.any() else images)  # a blank image asks for the latents' shape
-            if len(seen) == 21 and not (tmp_path / "stopped").exists():
-                (tmp_path / "stopped").touch()
-                raise OSError("stopped")
-            small = images[:, None, :, ::8, ::8].astype(np.float16) / 255
-            return np.concatenate([small, small[..., ::-1]], 1)
 
-        return encode, 0.25
+class FakeEncoder:
+    """Keeps every eighth pixel. Once, after the 21st image, it raises OSError, as a disk might."""
 
-    monkeypatch.setattr(train, "load_encoder", encoder)
-    flags = ["--image-size", 64, "--data", photos, "--vae", "x", "--steps", 1]
+    scale = 0.25
+
+    def __init__(self):
+        self.images_seen = 0
+        self.has_failed = False
+
+    def __call__(self, images):
+        if images.any():  # a blank image only asks for the latents' shape
+            self.images_seen += len(images)
+        if self.images_seen == 21 and not self.has_failed:
+            self.has_failed = True
+            raise OSError("stopped")
+        small = images[:, None, :, ::8, ::8].astype(np.float16) / 255
+        return np.concatenate([small, small[..., ::-1]], axis=1)
+
+
+def test_encoding_that_was_stopped_goes_on(photos, tmp_path, monkeypatch):
+    """The next run encodes what is missing, and only that."""
+    encoder = FakeEncoder()
+    monkeypatch.setattr(train, "load_encoder", lambda name, device: (encoder, encoder.scale))
+    flags = ["--data", photos, "--vae", "x", "--steps", 1]
     with pytest.raises(OSError, match="stopped"):
-        run(tmp_path / "run", *flags)
+        run(tmp_path / "run", *flags, image_size=64)
     labels = np.load(tmp_path / "run/latents-64/labels.npy")
-    assert (labels == train.UNREAD).sum() == 5 and sorted(set(labels.tolist())) == [-2, -1, 0, 1]
-    run(tmp_path / "run", *flags)
-    assert len(seen) == 21 + 5
-    run(tmp_path / "whole", *flags)
-    a, b = (np.load(tmp_path / f"{d}/latents-64/x.npy") for d in ("run", "whole"))
-    assert np.array_equal(a, b) and load_model(tmp_path / "run/packed.pt").config.latent_scale == 0.25
+    assert (labels == train.UNREAD).sum() == 5
+    assert set(labels.tolist()) == {train.UNREAD, train.BROKEN, 0, 1}
+
+    run(tmp_path / "run", *flags, image_size=64)
+    assert encoder.images_seen == 21 + 5
+
+    run(tmp_path / "whole", *flags, image_size=64)
+    stopped = np.load(tmp_path / "run/latents-64/x.npy")
+    whole = np.load(tmp_path / "whole/latents-64/x.npy")
+    assert np.array_equal(stopped, whole)
+    assert load_model(tmp_path / "run/packed.pt").config.latent_scale == encoder.scale
 
 
-def test_without_diffusers(photos, tmp_path, monkeypatch):
+def test_the_package_that_is_missing_is_named(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", types.ModuleType("diffusers"))
     with pytest.raises(ValueError, match="the latents of the VAE x need: pip install diffusers"):
-        run(tmp_path / "run", "--image-size", 64, "--data", photos, "--vae", "x", "--steps", 1)
+        run(tmp_path / "run", "--data", photos, "--vae", "x", "--steps", 1, image_size=64)

@@ -1,17 +1,72 @@
-"""README's links into the code point at what they name."""
+"""README: its worked example, and the names, files and tests that it speaks of."""
 
+import ast
+import doctest
 import re
+from functools import lru_cache
+
+import pytest
 
 from tests.conftest import ROOT
 
+README = (ROOT / "README.md").read_text()
+NAME = r"`(?P<name>\w+)`"
+FILE = r"(?P<file>[\w/]+\.(?:py|cu))\b"
+FORMS = [
+    rf"\[{NAME}\]\({FILE}",  # [`name`](file)
+    rf"{NAME} in\s+(?:\[|`)?{FILE}",  # `name` in file; in `file`; in [file](file)
+    rf"{NAME} \((?:\[|`)?{FILE}",  # `name` (file)
+    rf"{FILE}`?'s\s+{NAME}",  # file's `name`
+]
+NAMES_WITH_FILE = sorted({(m["name"], m["file"]) for form in FORMS for m in re.finditer(form, README)})
+RELATIVE_LINKS = sorted(set(re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", README)))
+TEST_COMMANDS = re.findall(r"`pytest ([^`]+)`", README)
 
-def test_links():
-    readme = (ROOT / "README.md").read_text()
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme)
-    drawn = [(name, "terdit.py", line) for name, line in re.findall(r" (\w+):(\d+)$", readme, re.MULTILINE)]
-    assert len(links) > 5 and len(drawn) > 5  # in the text, and in the drawing of the blocks
-    for name, file, line in links + drawn:
-        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf" *(def|class) {name}\b", text), f"README says {file}:{line} is {name}, it is {text!r}"
-    for path in re.findall(r"\]\(([\w./]+)\)", readme):
-        assert (ROOT / path).exists(), path
+
+@lru_cache(maxsize=None)
+def defined_names(file):
+    """Functions, classes and their methods, and variables of a .py file; in a .cu file what comes before ( { or =."""
+    text = (ROOT / file).read_text()
+    if file.endswith(".cu"):
+        return set(re.findall(r"\b(\w+)(?:\[\])?\s*[({=]", text))
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def test_the_worked_example_gives_what_is_shown():
+    failed, tried = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert tried > 5
+    assert failed == 0
+
+
+def test_there_are_names_links_and_commands_to_check():
+    assert len(NAMES_WITH_FILE) > 5
+    assert len(RELATIVE_LINKS) > 5
+    assert len(TEST_COMMANDS) > 2
+
+
+@pytest.mark.parametrize("name, file", NAMES_WITH_FILE)
+def test_the_file_defines_the_name(name, file):
+    assert name in defined_names(file)
+
+
+@pytest.mark.parametrize("path", RELATIVE_LINKS)
+def test_the_linked_file_exists(path):
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("command", TEST_COMMANDS)
+def test_the_command_selects_tests(command):
+    """Each file exists, and each word of -k "one or another" is in the name of a test."""
+    files = re.findall(r"tests/test_\w+\.py", command)
+    assert files
+    tests = [name for file in files for name in defined_names(file) if name.startswith("test_")]
+    selection = re.search(r'-k "(.+)"', command)
+    words = selection[1].split(" or ") if selection else []
+    for word in words:
+        assert any(word in name for name in tests), word

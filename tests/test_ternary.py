@@ -1,34 +1,35 @@
-"""Ternary weights and their packing: worked examples, gradients, and the fast paths against the plain ones."""
+"""Ternary weights and their packing: examples by hand, gradients, and the fast layers against the plain ones."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from terdit import Config, DiT, PackedTernaryLinear, TernaryLinear
+from terdit import Config, DiT, FastPackedTernaryLinear, FastTernaryLinear, PackedTernaryLinear, TernaryLinear
 from terdit import check_packed, pack_model, pack_ternary, ternarize, unpack_ternary
+from tests.helpers import SMALL, awake
 
-SMALL = dict(input_size=8, patch_size=2, in_channels=3, dim=32, n_layers=2, n_heads=4, multiple_of=16, num_classes=5)
+# The quantizer --------------------------------------------------------------------------------------------------------
 
 
 def test_quantizer_by_hand():
-    # mean|W| = (0.9 + 0.1 + 0.4 + 0.6) / 4 = 0.5: in units of it 1.8, -0.2, 0.8, -1.2
+    # mean|W| = (0.9 + 0.1 + 0.4 + 0.6) / 4 = 0.5. In units of it the weights are 1.8, -0.2, 0.8 and -1.2.
     w = torch.tensor([[0.9, -0.1], [0.4, -0.6]])
     assert ternarize(w).tolist() == [[1, 0], [1, -1]]
 
 
 def test_halves_round_to_even():
-    # mean|W| = 1, eps = 0: +-0.5 goes to 0, anything above it to 1, 1.5 (which would be 2) is clipped
+    # mean|W| = 1 and eps = 0: 0.5 and -0.5 round to 0, and 1.5 rounds to 2, which is clipped to 1.
     w = torch.tensor([[0.5, -0.5], [1.5, -1.5]])
     assert ternarize(w, eps=0.0).tolist() == [[0, 0], [1, -1]]
+    # Just above a half rounds up.
     w = torch.tensor([[0.5, 0.5001], [1.5, 1.4999]])
     assert ternarize(w, eps=0.0).tolist() == [[0, 1], [1, 1]]
 
 
-def test_straight_through():
+def test_gradient_passes_straight_through():
     w = torch.randn(6, 5, requires_grad=True)
-    g = torch.randn(6, 5)
-    ternarize(w).backward(g)
-    assert torch.equal(w.grad, g)
+    grad = torch.randn(6, 5)
+    ternarize(w).backward(grad)
+    assert torch.equal(w.grad, grad)
 
 
 def test_ternarize_leaves_the_weight_alone():
@@ -38,71 +39,109 @@ def test_ternarize_leaves_the_weight_alone():
     assert torch.equal(w, before)
 
 
-def plain(x, layer):
-    """TernaryLinear without its autograd Function: what the fast path must equal."""
-    return F.linear(x, ternarize(layer.weight) * layer.alphas, layer.bias)
+# The layer ------------------------------------------------------------------------------------------------------------
+
+LAYERS = [TernaryLinear, FastTernaryLinear]
 
 
-def test_gradients_add_up():
-    """The backward scales the matmul's gradient in place: no shared layer, second backward or derivative may feel it."""
-    torch.manual_seed(1)
-    layer, x = TernaryLinear(24, 24), torch.randn(5, 24)
-    results = []
-    for forward in (layer, lambda z: plain(z, layer)):
-        layer.zero_grad()
-        loss = forward(forward(x)).square().sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-        loss = forward(x).square().sum()
-        alpha_grad = torch.autograd.grad(loss, [layer.weight, layer.alphas], create_graph=True)[1]
-        second = torch.autograd.grad(alpha_grad.sum(), layer.alphas)[0]
-        results.append([layer.weight.grad, layer.alphas.grad, second])
-    for got, want in zip(*results):
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+def make_layer(kind, in_features, out_features, alpha):
+    layer = kind(in_features, out_features, bias=True)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    torch.nn.init.constant_(layer.alphas, alpha)
+    return layer
+
+
+def twin(layer, kind):
+    """A layer of another class with the same weights."""
+    copy = kind(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None)
+    copy.load_state_dict(layer.state_dict())
+    return copy
+
+
+def assert_near(got, want, tol):
+    assert (got - want).abs().max() <= tol * want.abs().max()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("alpha", [0.07, -0.3])
 def test_fast_layer_equals_plain(autocast, alpha):
-    torch.manual_seed(1)
-    layer, x = TernaryLinear(48, 24, bias=True), torch.randn(3, 7, 48)
-    torch.nn.init.normal_(layer.weight, std=0.1), torch.nn.init.normal_(layer.bias)
-    layer.alphas.data.fill_(alpha)
-    results = []
-    for forward in (layer, lambda z: plain(z, layer)):
-        layer.zero_grad()
+    plain = make_layer(TernaryLinear, 48, 24, alpha)
+    fast = twin(plain, FastTernaryLinear)
+    x = torch.randn(3, 7, 48)
+
+    def outputs_and_gradients(layer):
         z = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = forward(z)
+            y = layer(z)
         y.float().square().sum().backward()
-        results.append([y, z.grad, layer.weight.grad, layer.bias.grad, layer.alphas.grad])
-    assert torch.equal(results[0][0], results[1][0])  # the same bits forward
-    # alpha's gradient is divided by alpha here, and bf16 rounds the product that is summed: 2^-8, and more by cancelling
-    for got, want, tol in zip(*results, [0, 1e-6, 1e-5, 1e-6, 1e-5] if not autocast else [0, 1e-2, 1e-2, 1e-2, 5e-2]):
-        assert (got - want).abs().max() <= tol * want.abs().max()
+        return dict(y=y, x=z.grad, weight=layer.weight.grad, bias=layer.bias.grad, alphas=layer.alphas.grad)
+
+    got = outputs_and_gradients(fast)
+    want = outputs_and_gradients(plain)
+    assert torch.equal(got["y"], want["y"])  # the forward gives the same bits
+    if autocast:
+        # bf16 rounds the products that alpha's gradient sums up: 2^-8, and more where they cancel.
+        tolerances = dict(x=1e-2, weight=1e-2, bias=1e-2, alphas=5e-2)
+    else:
+        tolerances = dict(x=1e-6, weight=1e-5, bias=1e-6, alphas=1e-5)
+    for name, tol in tolerances.items():
+        assert_near(got[name], want[name], tol)
 
 
-def test_alpha_gradient_by_finite_differences():
-    layer, x = TernaryLinear(16, 8).double(), torch.randn(4, 16).double()
-    torch.nn.init.normal_(layer.weight), layer.alphas.data.fill_(0.4)
+def test_fast_gradients_add_up():
+    """The fast backward pass scales a gradient in place, and nobody else may see that.
+
+    So we check a layer that is used twice, a second backward pass, and a second derivative.
+    """
+    plain = TernaryLinear(24, 24)
+    fast = twin(plain, FastTernaryLinear)
+    x = torch.randn(5, 24)
+
+    def gradients(layer):
+        loss = layer(layer(x)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        loss = layer(x).square().sum()
+        _, alpha_grad = torch.autograd.grad(loss, [layer.weight, layer.alphas], create_graph=True)
+        (second,) = torch.autograd.grad(alpha_grad.sum(), layer.alphas)
+        return layer.weight.grad, layer.alphas.grad, second
+
+    for got, want in zip(gradients(fast), gradients(plain)):
+        assert_near(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_alpha_gradient_by_finite_differences(kind):
+    layer = make_layer(kind, 16, 8, alpha=0.4).double()
+    x = torch.randn(4, 16).double()
     layer(x).square().sum().backward()
+
+    @torch.no_grad()
+    def loss(alpha):
+        layer.alphas.fill_(alpha)
+        return layer(x).square().sum().item()
+
     h = 1e-6
-    with torch.no_grad():
-        up, down = (((layer(x) * (0.4 + d) / 0.4) ** 2).sum() for d in (h, -h))
-    assert layer.alphas.grad.item() == pytest.approx((up - down).item() / (2 * h), rel=1e-5)
+    slope = (loss(0.4 + h) - loss(0.4 - h)) / (2 * h)
+    assert layer.alphas.grad.item() == pytest.approx(slope, rel=1e-5)
 
 
-def test_zero_alpha_has_finite_gradients():
-    layer = TernaryLinear(8, 8)
-    torch.nn.init.normal_(layer.weight), layer.alphas.data.zero_()
+@pytest.mark.parametrize("kind", LAYERS)
+def test_zero_alpha_has_finite_gradients(kind):
+    layer = make_layer(kind, 8, 8, alpha=0.0)
     layer(torch.randn(2, 8)).sum().backward()
-    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    for p in layer.parameters():
+        assert p.grad.isfinite().all()
+
+
+# Packing --------------------------------------------------------------------------------------------------------------
 
 
 def test_packing_by_hand():
-    # One column, four rows: 1, 0, -1, 1 are codes 2, 1, 0, 2 = 0b10_01_00_10
+    # One column of four rows: 1, 0, -1, 1 are the codes 2, 1, 0, 2, in bits 10 01 00 10.
     assert pack_ternary(torch.tensor([[1], [0], [-1], [1]])).tolist() == [[0b10010010]]
-    # Eight rows: byte row 0 holds rows 0, 2, 4, 6; byte row 1 rows 1, 3, 5, 7
+    # Eight rows: the first byte holds rows 0, 2, 4 and 6, the second holds rows 1, 3, 5 and 7.
     codes = torch.tensor([[1], [-1], [0], [1], [0], [0], [-1], [1]])
     assert pack_ternary(codes).tolist() == [[0b10010100], [0b00100110]]
 
@@ -111,61 +150,71 @@ def test_packing_by_hand():
 def test_packing_round_trip(shape):
     codes = torch.randint(-1, 2, shape, dtype=torch.int8)
     packed = pack_ternary(codes)
-    assert packed.dtype == torch.uint8 and packed.shape == (shape[0] // 4, shape[1])
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (shape[0] // 4, shape[1])
     assert torch.equal(unpack_ternary(packed), codes)
     check_packed(packed)
 
 
-def test_packing_refuses():
+def test_packing_refuses_odd_heights():
     with pytest.raises(ValueError, match=r"multiple of 4, got \(6, 2\)"):
         pack_ternary(torch.zeros(6, 2))
-    for bad in (2.0, 0.5, float("nan")):
-        with pytest.raises(ValueError, match="-1, 0 and 1"):
-            pack_ternary(torch.full((4, 2), bad))
     with pytest.raises(ValueError, match="multiple of 4"):
         PackedTernaryLinear(8, 6)
 
 
-@pytest.mark.parametrize("shift", [0, 2, 4, 6])
-def test_code_3_is_found(shift):
+@pytest.mark.parametrize("value", [2.0, 0.5, float("nan")])
+def test_packing_refuses_what_is_not_ternary(value):
+    with pytest.raises(ValueError, match="-1, 0 and 1"):
+        pack_ternary(torch.full((4, 2), value))
+
+
+def test_every_byte_without_code_3_passes_and_every_other_is_found():
     packed = pack_ternary(torch.randint(-1, 2, (16, 9)))
-    packed[2, 5] |= 3 << shift
-    with pytest.raises(ValueError, match="code 3"):
-        check_packed(packed)
+    passed = 0
+    for byte in range(256):
+        packed[2, 5] = byte
+        if 3 in (byte >> 6, (byte >> 4) & 3, (byte >> 2) & 3, byte & 3):
+            with pytest.raises(ValueError, match="code 3"):
+                check_packed(packed)
+        else:
+            check_packed(packed)
+            passed += 1
+    assert passed == 3**4
 
 
-def test_every_legal_byte_passes():
-    legal = [b for b in range(256) if all(b >> s & 3 != 3 for s in (0, 2, 4, 6))]
-    assert len(legal) == 81
-    check_packed(torch.tensor([legal], dtype=torch.uint8))
-    for b in set(range(256)) - set(legal):
-        with pytest.raises(ValueError):
-            check_packed(torch.tensor([[b]], dtype=torch.uint8))
-
-
-def awake(model):
-    """Give every parameter a value that matters: at initialisation the blocks are the identity."""
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2) if p.ndim > 1 else torch.nn.init.uniform_(p, 0.1, 0.5)
-    return model.eval()
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_layers_give_the_bits_of_the_ternary_layer(bias):
+    ternary = TernaryLinear(48, 24, bias=bias)
+    state = ternary.state_dict()
+    state["weight"] = pack_ternary(ternarize(ternary.weight))
+    x = torch.randn(3, 7, 48)
+    for kind in (PackedTernaryLinear, FastPackedTernaryLinear):
+        packed = kind(48, 24, bias=bias)
+        packed.load_state_dict(state)
+        assert torch.equal(packed(x), ternary(x)), kind
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [{}, dict(adaln_norm=False), dict(qk_norm=True, learn_sigma=False)])
 def test_packed_model_gives_the_same_bits(change):
-    model = awake(DiT(Config(**{**SMALL, **change})))
+    model = awake(DiT(Config(**SMALL | change)))
     packed = pack_model(model)
-    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 5])
-    want = model(x, t, y)
+    inputs = (torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 5]))
+    want = model(*inputs)
     assert want.std() > 0.01
-    assert torch.equal(packed(x, t, y), want)  # same codes, same product with alpha, same matmul
+    assert torch.equal(packed(*inputs), want)  # the same codes, the same product with alpha, the same matmul
     ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, TernaryLinear))
     assert sum(b.numel() for b in packed.buffers()) * 4 == ternary  # exactly 2 bits a weight
 
 
-def test_packing_refuses_what_it_cannot_pack():
+def test_pack_model_refuses_full_precision():
     with pytest.raises(ValueError, match="full-precision"):
         pack_model(DiT(Config(**SMALL, ternary=False, adaln_norm=False)))
+
+
+def test_pack_model_refuses_weights_that_are_not_finite():
     model = DiT(Config(**SMALL))
     model.layers[1].attention.wv.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"layers.1.attention.wv.weight .* not finite"):
