@@ -1,9 +1,10 @@
-"""Kill a small training at random moments, again and again, and compare how it ends with one that was left alone.
+"""Kill a small training at random moments, again and again, and compare how it ends with one that nobody killed.
 
     python tests/bench_faults.py
 
-Each run gets SIGKILL after a random time, saving (every other step) included, and is started again by the same command
-until it is done. Every tensor of its last state must equal, bit for bit, that of the run that was never killed.
+Each run gets SIGKILL after a random time, also while it saves (it saves at every other step). The same command then
+starts it again, until it is done. Every tensor of its last state must equal, bit for bit, that of the run that was
+never killed.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
-# A small model on few digits, so that what is killed is mostly training and saving, not starting.
+# A small model on few digits: most of its time is training and saving, so that is where the kills hit.
 SMALL = """
 import sys, terdit, train
 terdit.SIZES["tiny"] |= dict(dim=64, n_layers=2, n_heads=2)
@@ -29,91 +32,96 @@ train.digits = lambda n, size, seed: digits(100, size, seed)
 print("ready", flush=True)
 train.main(sys.argv[1:])
 """
+FLAGS = "--save-every 2 --batch 4 --image-size 8 --grid 0 --dtype fp32".split()
+
+
+@dataclass
+class End:
+    """What a finished run leaves."""
+
+    step: int
+    tensors: dict  # of its last state
+    packed: bytes  # its packed.pt
+
+    def equals(self, other):
+        if self.step != other.step or self.packed != other.packed or self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
 
 
 class Faults:
-    """Runs of `steps` steps in folders under `folder`; the first, made at once, is never killed."""
+    """Runs of `steps` steps in folders under `folder`. The first run starts at once and is never killed."""
 
     def __init__(self, folder, steps=24):
-        self.folder, self.steps = Path(folder), steps
-        start = self.start("whole")
-        started = time.time()
-        if start.wait():
+        self.folder = Path(folder)
+        self.steps = steps
+        process = self.start("whole")
+        start = time.time()
+        if process.wait() != 0:
             raise RuntimeError("the run that nobody kills failed")
-        self.seconds = time.time() - started
+        self.seconds = time.time() - start
         self.want = self.end("whole")
 
     def start(self, name):
-        flags = [
-            "--steps",
-            self.steps,
-            "--save-every",
-            2,
-            "--batch",
-            4,
-            "--image-size",
-            8,
-            "--grid",
-            0,
-            "--dtype",
-            "fp32",
-        ]
-        command = [sys.executable, "-c", SMALL, *map(str, flags), "--out", str(self.folder / name)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-        process.stdout.readline()  # imports are done
+        flags = [*FLAGS, "--steps", str(self.steps), "--out", str(self.folder / name)]
+        process = subprocess.Popen([sys.executable, "-c", SMALL, *flags], cwd=ROOT, stdout=subprocess.PIPE)
+        process.stdout.readline()  # returns at "ready": the imports are done
         return process
 
     def end(self, name):
         state = train.states(self.folder / name)[-1]
+        step = json.loads((state / "run.json").read_text())["step"]
         index = train.dcp.FileSystemReader(state).read_metadata().state_dict_metadata
-        tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in index.items()}
+        tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in index.items()}
         train.load_tensors(state, tensors)
-        return (
-            json.loads((state / "run.json").read_text())["step"],
-            tensors,
-            (self.folder / name / "packed.pt").read_bytes(),
-        )
+        return End(step, tensors, (self.folder / name / "packed.pt").read_bytes())
 
     def run(self, seed):
-        """Kill, restart, ... -> how often it was killed, how often while it was saving, and whether the end is the same."""
-        rng, name, kills, saving = random.Random(seed), f"killed-{seed}", 0, 0
+        """Kill a run and start it again, until it is done -> how often that was, and whether the end is identical."""
+        rng = random.Random(seed)
+        name = f"killed-{seed}"
+        kills = 0
+        kills_while_saving = 0
         while True:
             process = self.start(name)
+            # Wait longer after each kill, so that every run gets done.
+            patience = rng.uniform(0.1, 0.6) * self.seconds * (1 + kills / 8)
             try:
-                # Later each time, so that every run gets done.
-                process.wait(rng.uniform(0.1, 0.6) * self.seconds * (1 + kills / 8))
+                process.wait(patience)
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                kills += 1
-                saving += any((self.folder / name).glob("state-*.tmp"))
-        step, tensors, packed = self.end(name)
-        same = step == self.want[0] and tensors.keys() == self.want[1].keys() and packed == self.want[2]
-        same = same and all(torch.equal(tensors[k], self.want[1][k]) for k in tensors)
-        return dict(seed=seed, kills=kills, while_saving=saving, exit=process.returncode, identical=same)
+            kills += 1
+            if any((self.folder / name).glob("state-*.tmp")):
+                kills_while_saving += 1
+        identical = self.end(name).equals(self.want)
+        return dict(seed=seed, kills=kills, while_saving=kills_while_saving, exit=process.returncode,
+                    identical=identical)
 
 
 def main():
-    import tempfile
-
     parser = argparse.ArgumentParser(description="killed and resumed runs against one that was left alone")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        faults, results = Faults(folder), []
+        faults = Faults(folder)
         print(f"{'run':>3} {'kills':>5} {'while saving':>12} {'identical':>9}")
         for seed in range(args.runs):
-            results.append(r := faults.run(seed))
-            print(f"{seed:>3} {r['kills']:>5} {r['while_saving']:>12} {str(r['identical']):>9}", flush=True)
-    good = sum(r["identical"] and r["exit"] == 0 for r in results)
-    print(f"{good} of {len(results)} end identical to the uninterrupted run, "
-          f"after {sum(r['kills'] for r in results)} kills")  # fmt: skip
+            result = faults.run(seed)
+            results.append(result)
+            identical = str(result["identical"])
+            print(f"{seed:>3} {result['kills']:>5} {result['while_saving']:>12} {identical:>9}", flush=True)
+    good = sum(result["identical"] and result["exit"] == 0 for result in results)
+    kills = sum(result["kills"] for result in results)
+    print(f"{good} of {len(results)} end identical to the uninterrupted run, after {kills} kills")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))
-    sys.exit(good != len(results))
+    if good != len(results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

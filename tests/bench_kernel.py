@@ -2,13 +2,13 @@
 
     python tests/bench_kernel.py             a table, on the GPU if there is one, else on the CPU
 
-    ours       packed_linear: kernel.cu on a GPU, blocks widened in cache on a CPU
+    ours       packed_linear: kernel.cu on a GPU; on a CPU, blocks of the weight that are unpacked in its cache
     dense      F.linear with bf16 weights: cuBLAS or oneDNN
-    plain      unpack to bf16 in memory, then F.linear
+    plain      unpack the weight to bf16 in memory, then F.linear
     upstream   TerDiT's released code's way: unpack to fp32, times alpha, F.linear in fp32
 
-Each shape's result is checked before it is timed. On a CPU the four take turns and the ratios are medians of turns. On
-a GPU each is timed in a CUDA graph over copies of the weights larger than its L2 cache.
+Each shape's result is checked before it is timed. On a CPU the four take turns, and a ratio is the median of its values
+in each turn. On a GPU each one runs in a CUDA graph over copies of the weights that together exceed the L2 cache.
 """
 
 import argparse
@@ -25,32 +25,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from terdit import forced_kernel, pack_ternary, packed_linear, packed_linear_plain, packed_path  # noqa: E402
 
 SHAPES = {  # (N, K): where
-    (1536, 1536): "600M attention", (4096, 1536): "600M w1, w3", (1536, 4096): "600M w2", (9216, 1024): "600M adaLN",
-    (3072, 3072): "4.2B attention", (8192, 3072): "4.2B w1, w3", (3072, 8192): "4.2B w2", (18432, 1024): "4.2B adaLN",
-}  # fmt: skip
+    (1536, 1536): "600M attention",
+    (4096, 1536): "600M w1, w3",
+    (1536, 4096): "600M w2",
+    (9216, 1024): "600M adaLN",
+    (3072, 3072): "4.2B attention",
+    (8192, 3072): "4.2B w1, w3",
+    (3072, 8192): "4.2B w2",
+    (18432, 1024): "4.2B adaLN",
+}
+HEIGHTS = {"cpu": (1, 2, 16, 64, 512, 2048), "cuda": (1, 2, 16, 64, 512, 2048, 4096)}  # M, the rows of x
 CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}  # measured bf16 FLOP/s and bytes/s, of SXM boards
+CONTENDERS = ("ours", "dense", "plain", "upstream")
 
 
 def check(M, N, K, device):
-    """Small integers, so that every sum is exact in fp32: the result must be, too. Twice, to the bit."""
+    """Exit if the layer's result is wrong. Two calls must both give it, bit for bit.
+
+    The inputs are small integers, so every sum is exact in fp32, and the result must be exact.
+    """
     codes = torch.randint(-1, 2, (N, K), device=device)
-    x = (torch.randint(-2, 3, (M, K), device=device) * (torch.rand(M, K, device=device) < 24 / K)).bfloat16()
+    kept = torch.rand(M, K, device=device) < 24 / K  # about 24 in a row: bf16 holds such small sums exactly, too
+    x = (torch.randint(-2, 3, (M, K), device=device) * kept).bfloat16()
     want = 2 * (x.float() @ codes.float().T)
-    packed, alphas = pack_ternary(codes), torch.full((1,), 2.0, device=device)
-    torch.full((M, N), float("nan"), dtype=x.dtype, device=device)  # the allocator hands this memory out again
-    got = packed_linear(x, packed, alphas, None)
-    if not (torch.equal(got.float(), want) and torch.equal(got, packed_linear(x, packed, alphas, None))):
+    packed = pack_ternary(codes)
+    alphas = torch.full((1,), 2.0, device=device)
+    # The allocator hands this memory out again for the result: what a kernel forgets to write stays NaN.
+    torch.full((M, N), float("nan"), dtype=x.dtype, device=device)
+    first = packed_linear(x, packed, alphas, None)
+    second = packed_linear(x, packed, alphas, None)
+    if not (torch.equal(first.float(), want) and torch.equal(first, second)):
         sys.exit(f"wrong result at M={M} N={N} K={K}: nothing is timed")
 
 
-def turns(functions, rounds):
-    """Seconds of each function in each round."""
+def cpu_rounds(functions, rounds):
+    """Call the functions in turns -> for each round, the seconds of each function. A first round warms up."""
     times = []
     for _ in range(rounds + 1):
         row = []
-        for f in functions:
+        for function in functions:
             start = time.perf_counter()
-            f()
+            function()
             row.append(time.perf_counter() - start)
         times.append(row)
     return times[1:]
@@ -58,16 +73,17 @@ def turns(functions, rounds):
 
 def graph_seconds(calls):
     """Median seconds of a call, in a CUDA graph that runs through all of them."""
-    for f in calls[:3]:
-        f()
+    for call in calls[:3]:
+        call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for f in calls:
-            f()
+        for call in calls:
+            call()
     times = []
     for _ in range(12):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
@@ -76,24 +92,62 @@ def graph_seconds(calls):
     return statistics.median(times[2:])
 
 
+def copies(size, most):
+    """How many weights of `size` bytes exceed an L2 cache: at least 2 and at most `most`."""
+    return max(2, min(most, int(2.5e8 / size)))
+
+
 def measure(M, N, K, device, rounds):
-    """-> seconds of ours, dense, plain and upstream, and the ratios of the others to ours and of ours to dense."""
-    copies = 1 if device == "cpu" else max(2, min(160, int(2.5e8 / (N * K / 4))))
-    few = 1 if device == "cpu" else max(2, min(40, int(2.5e8 / (N * K * 2))))
+    """-> median seconds of each contender, and the median of each one's time over ours, both by name."""
+    n_packed = 1
+    n_dense = 1
+    if device != "cpu":
+        n_packed = copies(N * K / 4, most=160)
+        n_dense = copies(N * K * 2, most=40)
     alphas = torch.full((1,), 0.02, device=device)
     x = torch.randn(M, K, device=device).bfloat16()
-    packed = [pack_ternary(torch.randint(-1, 2, (N, K), device=device)) for _ in range(min(4, copies))]
-    packed = [packed[i % len(packed)].clone() for i in range(copies)]
-    dense = [torch.randn(N, K, device=device).bfloat16() for _ in range(few)]
-    calls = [
-        [lambda w=w: packed_linear(x, w, alphas, None) for w in packed],
-        [lambda w=w: F.linear(x, w) for w in dense],
-        [lambda w=w: packed_linear_plain(x, w, alphas, None) for w in packed[:few]],
-        [lambda w=w: packed_linear_plain(x.float(), w, alphas, None) for w in packed[:few]],
-    ]
-    rows = turns([c[0] for c in calls], rounds) if device == "cpu" else [[graph_seconds(c) for c in calls]]
-    seconds = [statistics.median(column) for column in zip(*rows)]
-    return seconds, [statistics.median(row[i] / row[0] for row in rows) for i in range(4)]
+    different = [pack_ternary(torch.randint(-1, 2, (N, K), device=device)) for _ in range(min(4, n_packed))]
+    packed = [different[i % len(different)].clone() for i in range(n_packed)]
+    dense = [torch.randn(N, K, device=device).bfloat16() for _ in range(n_dense)]
+    calls = {
+        "ours": [lambda w=w: packed_linear(x, w, alphas, None) for w in packed],
+        "dense": [lambda w=w: F.linear(x, w) for w in dense],
+        "plain": [lambda w=w: packed_linear_plain(x, w, alphas, None) for w in packed[:n_dense]],
+        "upstream": [lambda w=w: packed_linear_plain(x.float(), w, alphas, None) for w in packed[:n_dense]],
+    }
+    if device == "cpu":
+        times = cpu_rounds([calls[name][0] for name in CONTENDERS], rounds)
+    else:
+        times = [[graph_seconds(calls[name]) for name in CONTENDERS]]
+    seconds = {}
+    over_ours = {}
+    for i, name in enumerate(CONTENDERS):
+        seconds[name] = statistics.median(row[i] for row in times)
+        over_ours[name] = statistics.median(row[i] / row[0] for row in times)
+    return seconds, over_ours
+
+
+def report(layer, M, N, K, seconds, over_ours, ceilings):
+    """Print a row of the table -> what the JSON file keeps of it."""
+    ours = seconds["ours"]
+    flops = 2 * M * N * K
+    moved = N * K / 4 + 2 * M * (N + K)  # bytes: the packed weight, x and the result
+    share_of_floor = None
+    percent = "-"
+    if ceilings:
+        flops_per_second, bytes_per_second = ceilings
+        share_of_floor = max(flops / flops_per_second, moved / bytes_per_second) / ours
+        percent = f"{share_of_floor:.0%}"
+    ours_over_dense = 1 / over_ours["dense"]
+    print(
+        f"{layer:<15} {N:>5} {K:>5} {M:>5}"
+        f" {ours * 1e6:>9.1f} {flops / ours / 1e9:>8.0f} {moved / ours / 1e9:>6.0f} {percent:>8}"
+        f" {seconds['dense'] * 1e6:>9.1f} {ours_over_dense:>10.2f}"
+        f" {over_ours['plain']:>10.2f} {over_ours['upstream']:>11.2f}",
+        flush=True,
+    )
+    times = {f"{name}_s": seconds[name] for name in CONTENDERS}
+    return dict(layer=layer, N=N, K=K, M=M, **times, ours_over_dense=ours_over_dense, share_of_floor=share_of_floor)
 
 
 def main():
@@ -103,29 +157,28 @@ def main():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", help="also write the figures here")
     args = p.parse_args()
-    gpu = args.device == "cuda"
-    name = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
-    ceilings = next((c for key, c in CEILINGS.items() if key in name), None)
-    path, forced = packed_path(args.device, torch.bfloat16), ":".join(map(str, forced_kernel()))
-    print(f"{name}, torch {torch.__version__}, bf16; packed layers run by {path!r} (TERDIT_KERNEL {forced})")
-    print(f"{'layer':<15} {'N':>5} {'K':>5} {'M':>5} {'ours us':>9} {'GFLOP/s':>8} {'GB/s':>6}"
-          f" {'of floor':>8} {'dense us':>9} {'ours/dense':>10} {'plain/ours':>10} {'upstr./ours':>11}")  # fmt: skip
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        where = f"{torch.get_num_threads()} threads"
+    ceilings = next((ceiling for board, ceiling in CEILINGS.items() if board in where), None)
+    path = packed_path(args.device, torch.bfloat16)
+    kernel, tokens = forced_kernel()
+    print(f"{where}, torch {torch.__version__}, bf16; packed layers run by {path!r} (TERDIT_KERNEL {kernel}:{tokens})")
+    print(f"{'layer':<15} {'N':>5} {'K':>5} {'M':>5} {'ours us':>9} {'GFLOP/s':>8} {'GB/s':>6} {'of floor':>8}"
+          f" {'dense us':>9} {'ours/dense':>10} {'plain/ours':>10} {'upstr./ours':>11}")
+    heights = args.m or HEIGHTS["cuda" if args.device == "cuda" else "cpu"]
     results = []
     with torch.no_grad():
-        for (N, K), where in SHAPES.items():
-            for M in args.m or ((1, 2, 16, 64, 512, 2048, 4096) if gpu else (1, 2, 16, 64, 512, 2048)):
+        for (N, K), layer in SHAPES.items():
+            for M in heights:
                 check(M, N, K, args.device)
-                (ours, dense, plain, theirs), ratio = measure(M, N, K, args.device, args.rounds)
-                flops, moved = 2 * M * N * K, N * K / 4 + 2 * M * (N + K)
-                floor = max(flops / ceilings[0], moved / ceilings[1]) / ours if ceilings else None
-                results.append(dict(layer=where, N=N, K=K, M=M, ours_s=ours, dense_s=dense, plain_s=plain, upstream_s=theirs,
-                                    ours_over_dense=1 / ratio[1], share_of_floor=floor))  # fmt: skip
-                print(f"{where:<15} {N:>5} {K:>5} {M:>5} {ours * 1e6:>9.1f} {flops / ours / 1e9:>8.0f} {moved / ours / 1e9:>6.0f}"
-                      f" {f'{floor:.0%}' if floor else '-':>8} {dense * 1e6:>9.1f} {1 / ratio[1]:>10.2f} {ratio[2]:>10.2f} {ratio[3]:>11.2f}",
-                      flush=True)  # fmt: skip
-    for M in sorted({r["M"] for r in results}):
-        part = [r["ours_over_dense"] for r in results if r["M"] == M]
-        print(f"M={M}: ours / dense {statistics.median(part):.2f} in the median, {min(part):.2f} to {max(part):.2f}")
+                seconds, over_ours = measure(M, N, K, args.device, args.rounds)
+                results.append(report(layer, M, N, K, seconds, over_ours, ceilings))
+    for M in sorted({row["M"] for row in results}):
+        ratios = [row["ours_over_dense"] for row in results if row["M"] == M]
+        median = statistics.median(ratios)
+        print(f"M={M}: ours / dense {median:.2f} in the median, {min(ratios):.2f} to {max(ratios):.2f}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))

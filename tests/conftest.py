@@ -1,3 +1,5 @@
+"""What all tests share: the modules of the repository's root can be imported, and every test starts from seed 0."""
+
 import sys
 from pathlib import Path
 

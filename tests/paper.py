@@ -1,4 +1,4 @@
-"""The paper's figures and tables, at the scale of the demo: pictures and tables under runs/paper/.
+"""The paper's figures and tables at the scale of the demo, under runs/paper/, and a picture of any training run.
 
     python tests/paper.py fig1         figures 1 and 5: full precision and ternary from the same noise
     python tests/paper.py fig2         figure 2: quantization after training against training with it
@@ -7,21 +7,25 @@
     python tests/paper.py table2       table 2: bytes, memory and seconds of the real sizes
     python tests/paper.py all          all of it
     python tests/paper.py compare A B  any two checkpoints side by side: ours, released folders, Meta's DiT .pt
+    python tests/paper.py run DIR      a training run, DIR/run.png: its curves, and the samples that it drew on its way
 
-Each writes NAME.json, a table NAME.md, a picture NAME.png where there is one, and joins all tables in results.md.
-Models that are missing are trained first: runs/demo, runs/demo-full, runs/paper-small, runs/paper-small-full; for --seeds
-other than 0, runs/demo-seed1 and so on. Samples that are compared start from the same noise; bench_quality.py's judge looks at them.
+Each figure and table writes NAME.json, a table NAME.md and, where there is one, a picture NAME.png, and joins all
+tables in results.md. Models that are missing are trained first: runs/demo, runs/demo-full, runs/paper-small and
+runs/paper-small-full; for a seed other than 0, runs/demo-seed1 and so on. Samples that are compared start from the same
+noise. The judge of bench_quality.py rates them.
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,58 +37,77 @@ from sample import STEPS, Progress, load_decoder, pick_classes, positive, run, s
 from terdit import SIZES, Config, GaussianDiffusion, atomic_write, load_model, read_checkpoint  # noqa: E402
 from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, load_dit, quantize_model  # noqa: E402
 from tests.bench_model import in_its_own_process  # noqa: E402
-from tests.bench_quality import fid, look, train_judge  # noqa: E402
-from train import DEMO, bf16_is_fast, build_model, digits, draw_batch, load_data, make_optimizer, states  # noqa: E402
+from tests.bench_quality import Exam  # noqa: E402
+from train import DEMO, bf16_is_fast, build_model, draw_batch, load_data, make_optimizer, states  # noqa: E402
 
 STEPS_OF = {"tiny": DEMO["steps"], "small": 1500}  # a step of small takes more than twice as long
-PAPERS_MEMORY = {"DiT-XL/2": "3 GB", "Large-DiT-4.2B": "17 GB", "TerDiT-4.2B": "2 GB"}  # table 2, on a GPU
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and their samples
 
 
-def trained(size, seed):
-    """Paths of the full-precision and the ternary checkpoint; those that are missing are trained first, side by side."""
-    steps, running = STEPS_OF[size], {}
-    name, end = "demo" if size == "tiny" else "paper-small", f"-seed{seed}" * (seed > 0)
-    paths = [Path("runs") / f"{name}-full{end}" / "full.pt", Path("runs") / f"{name}{end}" / "packed.pt"]
-    # Neither keeps two cores busy alone: threads that wait asleep leave theirs to the other. The bits are the same.
+def start_training(path, size, seed, quiet):
+    """Start train.py, which will write the checkpoint `path`."""
+    flags = ["--compile", "--size", size, "--seed", str(seed), "--steps", str(STEPS_OF[size]), "--out", path.parent]
+    if path.name == "full.pt":
+        flags.append("--full-precision")
+    # Two trainings share the cores. Threads that wait should sleep, not spin: the other training can use their core.
     env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    stdout = subprocess.DEVNULL if quiet else None
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], env=env, stdout=stdout)
+
+
+def train_missing(paths, size, seed):
+    """Train the checkpoints that do not exist yet, all at once. Only the first one shows its progress."""
+    trainings = {}
     try:
-        for path, kind in zip(paths, (["--full-precision"], [])):
+        for path in paths:
             if not path.is_file():
-                flags = ["--compile", "--size", size, "--seed", seed, "--steps", steps, "--out", path.parent, *kind]
-                quiet = subprocess.DEVNULL if running else None  # one progress line
-                command = [sys.executable, ROOT / "train.py", *map(str, flags)]
-                running[path] = subprocess.Popen(command, env=env, stdout=quiet)
-        for training in running.values():
+                trainings[path] = start_training(path, size, seed, quiet=len(trainings) > 0)
+        for training in trainings.values():
             training.wait()
     finally:
-        failed = [path.parent for path, training in running.items() if training.wait()]  # Ctrl-C: they are saving
+        # After Ctrl-C the trainings save their state: wait for that, too.
+        failed = [str(path.parent) for path, training in trainings.items() if training.wait() != 0]
     if failed:
-        raise ValueError(f"the training of {' and '.join(map(str, failed))} did not end well: see above")
-    for path in paths:
-        for state in states(path.parent)[-1:]:  # where there is one, it says what the checkpoint is
-            about = json.loads((state / "run.json").read_text())
-            for field, here in dict(steps=steps, seed=seed, decay=DEMO["decay"]).items():
-                if about.get(field) != here:
-                    raise ValueError(f"{path.parent} was trained with {field}={about.get(field)}, not {here}: move it away")
-    return paths
+        raise ValueError(f"the training of {' and '.join(failed)} did not end well: see above")
+
+
+def check_recipe(folder, size, seed):
+    """Refuse a model that this script would not have trained like that. Without a saved state, nothing is known."""
+    saved = states(folder)
+    if not saved:
+        return
+    metadata = json.loads((saved[-1] / "run.json").read_text())
+    for field, wanted in dict(steps=STEPS_OF[size], seed=seed, decay=DEMO["decay"]).items():
+        found = metadata.get(field)
+        if found != wanted:
+            raise ValueError(f"{folder} was trained with {field}={found}, not {wanted}: move it away")
+
+
+def trained(size, seed):
+    """-> paths of the full-precision and of the ternary checkpoint. Those that are missing are trained first."""
+    name = "demo" if size == "tiny" else "paper-small"
+    ending = f"-seed{seed}" if seed > 0 else ""
+    full = Path("runs") / f"{name}-full{ending}" / "full.pt"
+    ternary = Path("runs") / f"{name}{ending}" / "packed.pt"
+    train_missing([full, ternary], size, seed)
+    check_recipe(full.parent, size, seed)
+    check_recipe(ternary.parent, size, seed)
+    return [full, ternary]
 
 
 @lru_cache(maxsize=None)
-def judge_and_real(size):
-    judge = train_judge(size)
-    return judge, look(judge, *digits(5000, size, 2000))[0]
+def exam_of(size):
+    return Exam(size)
 
 
 def quality(model, n, seed, cfg=1.5):
-    """-> samples (n, 3, H, W) of the classes in turn, their accuracy and toy FID."""
+    """-> samples (n, 3, H, W) of the classes in turn; their accuracy and toy FID."""
     y = torch.arange(n) % 10
     x = sample_images(model, y, seed, cfg)
-    judge, real = judge_and_real(model.config.input_size)
-    features, accuracy = look(judge, x, y)
-    return x, dict(accuracy=accuracy, fid=fid(features, real), n=n, seed=seed, cfg=cfg)
+    found = exam_of(model.config.input_size).quality(x, y)
+    return x, dict(**found, n=n, seed=seed, cfg=cfg)
 
 
 @lru_cache(maxsize=None)
@@ -93,9 +116,17 @@ def quality_of(path, n, seed, cfg=1.5):
 
 
 def spread(values, form):
-    """The median of some seeds' values, and their range if they are more than one."""
-    middle, low, high = (form.format(v) for v in (np.median(values), min(values), max(values)))
-    return middle + f" ({low} to {high})" * (len(values) > 1)
+    """The median of the values of some seeds, and their range if there is more than one."""
+    median = form.format(np.median(values))
+    if len(values) == 1:
+        return median
+    return f"{median} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def quality_columns(results):
+    """Accuracy and toy FID of some seeds, as two columns of a table."""
+    accuracy = spread([100 * result["accuracy"] for result in results], "{:.1f}")
+    return [accuracy, spread([result["fid"] for result in results], "{:.2f}")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,63 +137,148 @@ def font(size=15):
     return ImageFont.load_default(size=size)
 
 
+def save_png(image, path):
+    atomic_write(path, lambda file: image.save(file, "PNG"))
+
+
+class Row(NamedTuple):
+    title: str
+    note: str  # the line below the title
+    images: torch.Tensor  # (n, 3, H, W) in [-1, 1]
+
+
 def sheet(rows, path, zoom=3):
-    """rows: (title, line below it, images (n, 3, H, W)) -> PNG with a row each, the text on the left."""
+    """Draw rows of images, each with its text on the left."""
     left = 290
-    images = [to_uint8(x).repeat(zoom, 1).repeat(zoom, 2) for _, _, x in rows]
+    gap = 4
+    images = [to_uint8(row.images).repeat(zoom, 1).repeat(zoom, 2) for row in rows]
     n, height, width, _ = images[0].shape
-    page = Image.new("RGB", (left + n * width, len(rows) * (height + 4)), "white")
+    page = Image.new("RGB", (left + n * width, len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(page)
-    for i, (title, below, _) in enumerate(rows):
-        top = i * (height + 4)
-        draw.text((8, top + height // 2 - 22), f"{title}\n{below}", fill="black", font=font(), spacing=6)
-        page.paste(Image.fromarray(np.concatenate(list(images[i]), axis=1)), (left, top))
-    atomic_write(path, lambda file: page.save(file, "PNG"))
+    for i, row in enumerate(rows):
+        top = i * (height + gap)
+        text = f"{row.title}\n{row.note}"
+        draw.text((8, top + height // 2 - 22), text, fill="black", font=font(), spacing=6)
+        strip = np.concatenate(list(images[i]), axis=1)
+        page.paste(Image.fromarray(strip), (left, top))
+    save_png(page, path)
 
 
 COLOURS = ["#222222", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00"]  # told apart by the colour-blind too
 
 
-def plot(panels, path, width=470, height=330):
-    """panels: (title, label of x, {name: (x values, y values)}) -> PNG, two panels a row, logarithmic y, one legend.
+class Panel(NamedTuple):
+    title: str
+    x_label: str
+    lines: dict  # name: (x values, y values)
+    log: bool = True  # a logarithmic y axis, which leaves out values of 0; otherwise linear from 0
 
-    Values of 0, which a logarithm cannot show, are left out.
-    """
-    names = list(panels[0][2])
-    head, left, low, gap = 24 * len(names) + 20, 62, 50, 34  # the legend; room for an axis's numbers; between panels
-    page = Image.new("RGB", (2 * width, head + -(-len(panels) // 2) * height), "white")
+
+class Axis(NamedTuple):
+    """Where values lie: `low` at one pixel, `high` at another."""
+
+    low: float
+    high: float
+    low_pixel: float
+    high_pixel: float
+    log: bool = False
+
+    def pixel(self, value):
+        if self.log:
+            share = np.log(value / self.low) / np.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return float(self.low_pixel + share * (self.high_pixel - self.low_pixel))
+
+
+def can_be_shown(values, log):
+    values = np.asarray(values)
+    return np.isfinite(values) & ((values > 0) | (not log))
+
+
+def linear_ticks(low, high):
+    """About five round numbers, the first at or below low, the last at or above high."""
+    least_step = (high - low) / 5
+    power = 10.0 ** np.floor(np.log10(least_step))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least_step)
+    return step * np.arange(np.floor(low / step), np.ceil(high / step) + 1)
+
+
+def log_ticks(low, high):
+    """The powers of ten from below low to above high; over a short range 1, 2, 5, 10, 20, 50 and so on instead."""
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    if len(powers) > 3:
+        return powers
+    ticks = np.concatenate([[power, 2 * power, 5 * power] for power in powers])
+    first = np.flatnonzero(ticks <= low)[-1]
+    last = np.flatnonzero(ticks >= high)[0]
+    return ticks[first : max(last, first + 1) + 1]
+
+
+def draw_panel(draw, panel, frame, x_range, colours):
+    """Draw the axes and lines of a panel. frame: pixels of its left, top, right and bottom."""
+    left, top, right, bottom = frame
+    middle = (left + right) / 2
+    xs = np.concatenate([x for x, _ in panel.lines.values()])
+    ys = np.concatenate([y for _, y in panel.lines.values()])
+    ys = ys[can_be_shown(ys, panel.log)]
+    if panel.log:
+        y_ticks = log_ticks(ys.min(), ys.max())
+    else:
+        y_ticks = linear_ticks(0, ys.max() or 1)
+    x_axis = Axis(*x_range, left, right)
+    y_axis = Axis(y_ticks[0], y_ticks[-1], bottom, top, panel.log)
+
+    draw.text((middle, top - 8), panel.title, fill="black", font=font(16), anchor="ms")
+    draw.text((middle, bottom + 40), panel.x_label, fill="black", font=font(), anchor="ms")
+    for value in y_ticks:
+        y = y_axis.pixel(value)
+        draw.line([(left, y), (right, y)], fill="#cccccc")
+        draw.text((left - 6, y), f"{value:g}", fill="black", font=font(13), anchor="rm")
+    x_ticks = np.unique(xs)
+    if len(x_ticks) > 12:
+        x_ticks = linear_ticks(*x_range)
+    last_label = -np.inf
+    for value in x_ticks:
+        x = x_axis.pixel(value)
+        if left <= x <= right and x > last_label + 40:  # there is room for its number
+            draw.text((x, bottom + 6), f"{value:,.0f}", fill="black", font=font(13), anchor="mt")
+            last_label = x
+    for name, (xs, ys) in panel.lines.items():
+        shown = can_be_shown(ys, panel.log)
+        points = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y, show in zip(xs, ys, shown) if show]
+        draw.line(points, fill=colours[name], width=3, joint="curve")
+        if len(points) <= 20:
+            for x, y in points:
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colours[name])
+    draw.rectangle(frame, outline="black")
+
+
+def plot(panels, columns=2, width=470, height=330):
+    """-> a page of panels, each width x height pixels, below one legend. Equal x labels share one range of x."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    colours = dict(zip(names, COLOURS))
+    x_values = {}
+    for panel in panels:
+        for x, _ in panel.lines.values():
+            x_values.setdefault(panel.x_label, []).extend(x)
+    left = 62  # room for the numbers of the y axis
+    legend = 24 * len(names) + 20
+    rows = -(-len(panels) // columns)
+    page = Image.new("RGB", (columns * width, legend + rows * height), "white")
     draw = ImageDraw.Draw(page)
     for i, name in enumerate(names):
         y = 20 + 24 * i
-        draw.line([(left, y), (left + 36, y)], fill=COLOURS[i], width=3)
+        draw.line([(left, y), (left + 36, y)], fill=colours[name], width=3)
         draw.text((left + 46, y), name, fill="black", font=font(), anchor="lm")
-    for i, (title, label, lines) in enumerate(panels):
-        x0, y0 = i % 2 * width + left, head + i // 2 * height + gap
-        w, h = width - left - 16, height - gap - low
-        xs = np.concatenate([x for x, _ in lines.values()])
-        ys = np.concatenate([y for _, y in lines.values()])
-        ys = np.log10(ys[ys > 0])
-        bottom, top = np.floor(ys.min()), max(np.ceil(ys.max()), np.floor(ys.min()) + 1)
-        at = lambda x, y: (x0 + w * (x - xs.min()) / np.ptp(xs), y0 + h * (top - np.log10(y)) / (top - bottom))
-        draw.text((x0 + w / 2, y0 - 8), title, fill="black", font=font(16), anchor="ms")
-        draw.text((x0 + w / 2, y0 + h + 40), label, fill="black", font=font(), anchor="ms")
-        for power in range(int(bottom), int(top) + 1):
-            y = at(0, 10.0**power)[1]
-            draw.line([(x0, y), (x0 + w, y)], fill="#cccccc")
-            number = f"{10.0**power:g}" if abs(power) < 4 else f"1e{power}"
-            draw.text((x0 - 6, y), number, fill="black", font=font(13), anchor="rm")
-        end = -np.inf
-        for x in np.unique(xs):
-            if (across := at(x, 1)[0]) > end + 40:  # room for its number
-                draw.text((across, y0 + h + 6), f"{x:g}", fill="black", font=font(13), anchor="mt")
-                end = across
-        for colour, (x, y) in zip(COLOURS, lines.values()):
-            points = [at(a, b) for a, b in zip(x, y) if b > 0]
-            draw.line(points, fill=colour, width=3, joint="curve")
-            for a, b in points:
-                draw.ellipse([a - 3, b - 3, a + 3, b + 3], fill=colour)
-        draw.rectangle([x0, y0, x0 + w, y0 + h], outline="black")
-    atomic_write(path, lambda file: page.save(file, "PNG"))
+    for i, panel in enumerate(panels):
+        panel_left = i % columns * width
+        panel_top = legend + i // columns * height
+        frame = (panel_left + left, panel_top + 34, panel_left + width - 16, panel_top + height - 50)
+        low = min(x_values[panel.x_label])
+        high = max(x_values[panel.x_label])
+        draw_panel(draw, panel, frame, (low, max(high, low + 1)), colours)
+    return page
 
 
 def publish(args, name, title, columns, rows, results):
@@ -173,12 +289,12 @@ def publish(args, name, title, columns, rows, results):
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text(text)
     (args.out / f"{name}.json").write_text(json.dumps(results, indent=1))
-    tables = [p.read_text() for p in sorted(args.out.glob("*.md")) if p.name != "results.md"]
+    tables = [path.read_text() for path in sorted(args.out.glob("*.md")) if path.name != "results.md"]
     (args.out / "results.md").write_text("\n".join(tables))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The figures and tables
+# Figures 1 and 5, and any two checkpoints
 
 
 def load_any(path, device):
@@ -192,205 +308,429 @@ def load_any(path, device):
     return load_model(path, device, dtype)
 
 
-def compare(args, name="compare"):
-    """Figures 1 and 5: a row of samples of each checkpoint, and another, of the same classes from the same noise."""
-    rows, device = [], "cuda" if torch.cuda.is_available() else "cpu"
+def sample_twice(path, args):
+    """-> the config of a checkpoint, and two samples of each class, as two rows of all classes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_any(path, device)
+    config = model.config
+    decode = None
+    cfg = 1.5
+    steps = STEPS
+    if config.vae:  # a model of latents
+        decode = load_decoder(config.vae, config.latent_scale, device)
+        cfg = 4.0
+        steps = 250
+    if args.cfg is not None:
+        cfg = args.cfg
+    if args.steps is not None:
+        steps = args.steps
+    classes = pick_classes(args.classes, config)
+    y = torch.tensor(classes).repeat(2)
+    x = sample_images(model, y, args.seeds[0], cfg, steps, decode=decode, progress=Progress(len(y) * steps))
+    first, second = x.split(len(classes))
+    return config, first, second
+
+
+def compare(args, paths, name="compare"):
+    """A row of samples of each checkpoint, then another. All rows have the same classes, each pair the same noise."""
+    first_rows = []
+    second_rows = []
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in args.ckpt:
-        model = load_any(path, device)
-        config = model.config
-        classes = pick_classes(args.classes, config)
-        y = torch.tensor(classes).repeat(2)
-        decode = load_decoder(config.vae, config.latent_scale, device) if config.vae else None
-        cfg = (4.0 if config.vae else 1.5) if args.cfg is None else args.cfg
-        steps = args.steps or (250 if config.vae else STEPS)
-        x = sample_images(model, y, args.seeds[0], cfg, steps, decode=decode, progress=Progress(len(y) * steps))
-        kind = "ternary" if config.ternary else "full precision"
+    for path in paths:
+        config, first, second = sample_twice(path, args)
+        weights = "ternary" if config.ternary else "full precision"
+        title = f"{weights}, {config.dim} wide"
         file = "/".join(Path(path).parts[-2:])
-        rows += [(f"{kind}, {config.dim} wide", file, part) for part in x.split(len(classes))]
-    sizes = {tuple(x.shape) for _, _, x in rows}
-    if len(sizes) > 1:
-        raise ValueError(f"the two draw {' and '.join(map(str, sorted(sizes)))} (classes, channels, height, width): "
-                         f"expected the same")  # fmt: skip
-    rows = rows[::2] + rows[1::2]  # first the one draw of both, then the other
-    sheet(rows, args.out / f"{name}.png", max(1, 96 // rows[0][2].shape[-1]))
+        first_rows.append(Row(title, file, first))
+        second_rows.append(Row(title, file, second))
+    shapes = {tuple(row.images.shape) for row in first_rows}
+    if len(shapes) > 1:
+        both = " and ".join(map(str, sorted(shapes)))
+        raise ValueError(f"the two draw {both} (classes, channels, height, width): expected the same")
+    pixels = first_rows[0].images.shape[-1]
+    sheet(first_rows + second_rows, args.out / f"{name}.png", zoom=max(1, 96 // pixels))
     print(f"wrote {args.out / name}.png")
 
 
 def fig1(args):
-    args.ckpt = trained("tiny", args.seeds[0])
-    compare(args, "fig1")
+    compare(args, trained("tiny", args.seeds[0]), "fig1")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure 2: quantization after training
+
+
+class Rated(NamedTuple):
+    name: str
+    bits: float  # a weight
+    samples: torch.Tensor
+    quality: dict
+
+
+def rate_quantizers(n, seed):
+    """Full precision, ternary from the start, and all ways to quantize the full-precision model after its training."""
+    full, ternary = trained("tiny", seed)
+    rated = [Rated("full precision", 32.0, *quality_of(full, n, seed))]
+    rated.append(Rated("ternary from the start (TerDiT)", 2.0, *quality_of(ternary, n, seed)))
+
+    def calibration(model):
+        sample_images(model, torch.arange(20) % 10, seed=seed + 1000)
+
+    for method in (*RECONSTRUCTIONS, *reversed(QUANTIZERS)):
+        model = quantize_model(load_model(full), method, calibration)
+        rated.append(Rated(method, model.bits_per_weight, *quality(model, n, seed)))
+        print(f"seed {seed}: {method}, FID {rated[-1].quality['fid']:.2f}", flush=True)
+    return rated
 
 
 def fig2(args):
-    results, pictures = [], []
-    for seed in args.seeds:
-        full, ternary = trained("tiny", seed)
-        seen = [("full precision", 32.0, *quality_of(full, args.n, seed))]
-        seen += [("ternary from the start (TerDiT)", 2.0, *quality_of(ternary, args.n, seed))]
-        calibration = lambda m: sample_images(m, torch.arange(20) % 10, seed=seed + 1000)
-        for method in (*RECONSTRUCTIONS, *reversed(QUANTIZERS)):
-            model = quantize_model(load_model(full), method, calibration)
-            seen.append((method, model.bits_per_weight, *quality(model, args.n, seed)))
-            print(f"seed {seed}: {method}, FID {seen[-1][-1]['fid']:.2f}", flush=True)
-        results += [dict(name=name, bits=bits, **found) for name, bits, _, found in seen]
-        pictures = pictures or [(name, f"{bits:.2f} bits, FID {q['fid']:.1f}", x[:20]) for name, bits, x, q in seen]
+    rated_by_seed = [rate_quantizers(args.n, seed) for seed in args.seeds]
+    results = [dict(name=r.name, bits=r.bits, **r.quality) for rated in rated_by_seed for r in rated]
     rows = []
-    for name in dict.fromkeys(r["name"] for r in results):
-        same = [r for r in results if r["name"] == name]
-        accuracy = spread([100 * r["accuracy"] for r in same], "{:.1f}")
-        rows.append([name, f"{same[0]['bits']:.2f}", accuracy, spread([r["fid"] for r in same], "{:.2f}")])
-    publish(args, "fig2", f"Figure 2: {args.n} samples a row, seeds {args.seeds}",
-            ["", "bits a weight", "accuracy, %", "toy FID"], rows, results)  # fmt: skip
-    sheet(pictures, args.out / "fig2.png")
+    for name in dict.fromkeys(result["name"] for result in results):
+        same = [result for result in results if result["name"] == name]
+        rows.append([name, f"{same[0]['bits']:.2f}", *quality_columns(same)])
+    columns = ["", "bits a weight", "accuracy, %", "toy FID"]
+    publish(args, "fig2", f"Figure 2: {args.n} samples a row, seeds {args.seeds}", columns, rows, results)
+    notes = [f"{r.bits:.2f} bits, FID {r.quality['fid']:.1f}" for r in rated_by_seed[0]]
+    sheet([Row(r.name, note, r.samples[:20]) for r, note in zip(rated_by_seed[0], notes)], args.out / "fig2.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure 4: what goes through the blocks
 
 
 MARKS = [0, 10, 20, 50, 100, 150, 200, 250, 300]  # steps at which figure 4 looks
-VARIANTS = {  # Config fields, and what the adaLN projections' alphas and the norms' gains start at, if not as usual
-    "full precision": (dict(ternary=False, adaln_norm=False), None, None),
-    "ternary, RMS Norm, alpha = absmean": (dict(), None, None),
-    "ternary, RMS Norm, alpha = 1": (dict(), 1.0, None),
-    "ternary, RMS Norm with gain 1, alpha = 1": (dict(), 1.0, 1.0),  # no more the identity at first than without a norm
-    "ternary, no norm, alpha = absmean": (dict(adaln_norm=False), None, None),
-    "ternary, no norm, alpha = 1": (dict(adaln_norm=False), 1.0, None),
+
+
+class Variant(NamedTuple):
+    fields: dict  # of Config
+    alpha: float | None = None  # where the alphas of the adaLN projections start, if not at absmean
+    gain: float | None = None  # where the gains of their norms start, if not at 0
+
+
+VARIANTS = {
+    "full precision": Variant(dict(ternary=False, adaln_norm=False)),
+    "ternary, RMS Norm, alpha = absmean": Variant({}),
+    "ternary, RMS Norm, alpha = 1": Variant({}, alpha=1.0),
+    # With a gain of 1 a block does not start as the identity, just as without a norm.
+    "ternary, RMS Norm with gain 1, alpha = 1": Variant({}, alpha=1.0, gain=1.0),
+    "ternary, no norm, alpha = absmean": Variant(dict(adaln_norm=False)),
+    "ternary, no norm, alpha = 1": Variant(dict(adaln_norm=False), alpha=1.0),
 }
 
 
-def activations(fields, alpha, gain, marks, data, args):
-    """Train a tiny model for a while -> a dict for each mark: what its adaLN and its residual stream put out.
+class Magnitude(NamedTuple):
+    rms: float
+    greatest: float  # absolute value
 
-    RMS and greatest absolute value, block by block, of the outputs for that step's batch; adaLN's behind its norm.
+
+class Recorder:
+    """Notes the magnitude of what each block's adaLN (behind its norm) and each block put out, while `on` is True."""
+
+    def __init__(self, model):
+        self.on = False
+        self.outputs = {"adaln": [None] * len(model.layers), "residual": [None] * len(model.layers)}
+        for i, layer in enumerate(model.layers):
+            layer.adaLN_modulation.register_forward_hook(partial(self.note, "adaln", i))
+            layer.register_forward_hook(partial(self.note, "residual", i))
+
+    def note(self, kind, i, module, inputs, out):
+        if self.on:
+            out = out.detach().float()
+            self.outputs[kind][i] = Magnitude(out.square().mean().sqrt().item(), out.abs().max().item())
+
+
+def activations(variant, marks, data, recipe):
+    """Train a tiny model for max(marks) steps -> a dict for each mark.
+
+    It holds the magnitudes by block of the adaLN's outputs and of the residual stream, on that step's batch, and the
+    loss and the gradient norm. The training stops early if the gradient is not finite.
     """
-    torch.manual_seed(args.seed)
-    config = Config(**SIZES["tiny"] | fields)
-    model, diffusion = build_model(args, config), GaussianDiffusion(prediction=config.prediction)
+    torch.manual_seed(recipe.seed)
+    config = Config(**SIZES["tiny"] | variant.fields)
+    model = build_model(recipe, config)
     for layer in model.layers:
-        if alpha:
-            layer.adaLN_modulation[1].alphas.data.fill_(alpha)
-        if gain:
-            layer.adaLN_modulation[2].weight.data.fill_(gain)
-    optimizer, seen, look_now = make_optimizer(model, DEMO["lr"], DEMO["betas"], DEMO["decay"]), [], [False]
-
-    def hook(kind, i):
-        def note(module, inputs, out):
-            if look_now[0]:
-                out = out.detach().float()
-                seen[-1][kind][i] = [out.square().mean().sqrt().item(), out.abs().max().item()]
-
-        return note
-
-    for i, layer in enumerate(model.layers):
-        layer.adaLN_modulation.register_forward_hook(hook("adaln", i))
-        layer.register_forward_hook(hook("residual", i))
+        if variant.alpha is not None:
+            layer.adaLN_modulation[1].alphas.data.fill_(variant.alpha)
+        if variant.gain is not None:
+            layer.adaLN_modulation[2].weight.data.fill_(variant.gain)
+    diffusion = GaussianDiffusion(prediction=config.prediction)
+    optimizer = make_optimizer(model, DEMO["lr"], DEMO["betas"], DEMO["decay"])
+    recorder = Recorder(model)
+    looks = []
     for step in range(max(marks) + 1):
-        look_now[0] = step in marks
-        if look_now[0]:
-            seen.append(dict(step=step, adaln=[None] * config.n_layers, residual=[None] * config.n_layers))
+        recorder.on = step in marks
+        batch = draw_batch(data, config, recipe, diffusion, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast("cpu")):
-            loss = diffusion.training_losses(model, *draw_batch(data, config, args, diffusion, step))["loss"].mean()
+            loss = diffusion.training_losses(model, *batch)["loss"].mean()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        if look_now[0]:
-            seen[-1] |= dict(loss=loss.item(), grad_norm=norm)
-        if not np.isfinite(norm):
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        if recorder.on:
+            outputs = {kind: list(blocks) for kind, blocks in recorder.outputs.items()}
+            looks.append(dict(step=step, **outputs, loss=loss.item(), grad_norm=grad_norm))
+        if not np.isfinite(grad_norm):
             break
         for group in optimizer.param_groups:
             group["lr"] = DEMO["lr"] * group["scale"] * min(1, (step + 1) / DEMO["warmup"])
         optimizer.step()
         optimizer.zero_grad()
-    return seen
+    return looks
+
+
+def total_rms(blocks):
+    return np.sqrt(np.mean([block.rms**2 for block in blocks]))
+
+
+def greatest(blocks):
+    return max(block.greatest for block in blocks)
+
+
+def lines_over_steps(found, value):
+    """A line for each variant: value(look) over the steps."""
+    return {name: ([look["step"] for look in looks], [value(look) for look in looks]) for name, looks in found.items()}
+
+
+def lines_over_blocks(found, kind):
+    """A line for each variant: the RMS of each block's output at the last look."""
+    lines = {}
+    for name, looks in found.items():
+        blocks = looks[-1][kind]
+        lines[name] = (list(range(len(blocks))), [block.rms for block in blocks])
+    return lines
 
 
 def fig4(args):
     recipe = SimpleNamespace(data=None, image_size=DEMO["image_size"], batch=DEMO["batch"], seed=args.seeds[0])
     data = load_data(recipe)
-    found = {name: activations(*variant, MARKS, data, recipe) for name, variant in VARIANTS.items()}
-    lines = lambda value: {n: ([r["step"] for r in seen], [value(r) for r in seen]) for n, seen in found.items()}
-    rms = lambda kind: lambda r: np.sqrt(np.mean([rms**2 for rms, _ in r[kind]]))
-    greatest = lambda kind: lambda r: max(top for _, top in r[kind])
-    by_layer = lambda kind: {
-        n: (list(range(len(seen[-1][kind]))), [rms for rms, _ in seen[-1][kind]]) for n, seen in found.items()
-    }
-    panels = [
-        ("adaLN output: RMS", "step", lines(rms("adaln"))),
-        ("adaLN output: greatest", "step", lines(greatest("adaln"))),
-        ("residual stream: RMS", "step", lines(rms("residual"))),
-        ("gradient norm before clipping", "step", lines(lambda r: r["grad_norm"])),
-        ("adaLN output: RMS, last step", "block", by_layer("adaln")),
-        ("residual stream: RMS, last step", "block", by_layer("residual")),
-    ]
+    found = {name: activations(variant, MARKS, data, recipe) for name, variant in VARIANTS.items()}
     rows = []
-    for name, seen in found.items():
-        for r in (seen[0], seen[len(seen) // 2], seen[-1]):
-            values = [f(r) for kind in ("adaln", "residual") for f in (rms(kind), greatest(kind))]
-            rows.append([name, str(r["step"]), *(f"{v:.3g}" for v in (*values, r["grad_norm"], r["loss"]))])
+    for name, looks in found.items():
+        for look in (looks[0], looks[len(looks) // 2], looks[-1]):
+            values = [total_rms(look["adaln"]), greatest(look["adaln"]), total_rms(look["residual"]),
+                      greatest(look["residual"]), look["grad_norm"], look["loss"]]
+            rows.append([name, str(look["step"]), *[f"{value:.3g}" for value in values]])
     columns = ["", "step", "adaLN RMS", "adaLN greatest", "residual RMS", "residual greatest", "gradient norm", "loss"]
-    publish(
-        args, "fig4", "Figure 4: size tiny, outputs of the adaLN projections and of the blocks", columns, rows, found
-    )
-    plot(panels, args.out / "fig4.png")
+    title = "Figure 4: size tiny, outputs of the adaLN projections and of the blocks"
+    publish(args, "fig4", title, columns, rows, found)
+
+    over_steps = partial(lines_over_steps, found)
+    panels = [
+        Panel("adaLN output: RMS", "step", over_steps(lambda look: total_rms(look["adaln"]))),
+        Panel("adaLN output: greatest", "step", over_steps(lambda look: greatest(look["adaln"]))),
+        Panel("residual stream: RMS", "step", over_steps(lambda look: total_rms(look["residual"]))),
+        Panel("gradient norm before clipping", "step", over_steps(lambda look: look["grad_norm"])),
+        Panel("adaLN output: RMS, last step", "block", lines_over_blocks(found, "adaln")),
+        Panel("residual stream: RMS, last step", "block", lines_over_blocks(found, "residual")),
+    ]
+    save_png(plot(panels), args.out / "fig4.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table 1: quality
 
 
 def table1(args):
     results = []
     for seed in args.seeds:
         for size in ("tiny", "small"):
+            images = DEMO["batch"] * STEPS_OF[size]
             for kind, path in zip(("full precision", "ternary"), trained(size, seed)):
-                images = DEMO["batch"] * STEPS_OF[size]
                 for cfg in (1.0, 1.5):
-                    found = quality_of(path, args.n, seed, cfg)[1]
+                    _, found = quality_of(path, args.n, seed, cfg)
                     results.append(dict(size=size, kind=kind, images=images, bytes=path.stat().st_size, **found))
                     print(f"seed {seed}: {size}, {kind}, guidance {cfg}: FID {found['fid']:.2f}", flush=True)
-    rows, key = [], lambda r: [r["size"], r["kind"], f"{r['images']:,}", f"{r['bytes'] / 1e6:.2f} MB", f"{r['cfg']:g}"]
-    for first in results[: len(results) // len(args.seeds)]:
-        same = [r for r in results if key(r)[:3] == key(first)[:3] and r["cfg"] == first["cfg"]]
-        accuracy = spread([100 * r["accuracy"] for r in same], "{:.1f}")
-        rows.append([*key(first), accuracy, spread([r["fid"] for r in same], "{:.2f}")])
-    publish(args, "table1", f"Table 1: {args.n} samples a row, seeds {args.seeds}",
-            ["size", "weights", "images seen", "file", "guidance", "accuracy, %", "toy FID"], rows, results)  # fmt: skip
+    by_row = {}
+    for result in results:
+        row = (result["size"], result["kind"], result["cfg"])
+        by_row.setdefault(row, []).append(result)
+    rows = []
+    for (size, kind, cfg), same in by_row.items():
+        file = f"{same[0]['bytes'] / 1e6:.2f} MB"
+        rows.append([size, kind, f"{same[0]['images']:,}", file, f"{cfg:g}", *quality_columns(same)])
+    columns = ["size", "weights", "images seen", "file", "guidance", "accuracy, %", "toy FID"]
+    publish(args, "table1", f"Table 1: {args.n} samples a row, seeds {args.seeds}", columns, rows, results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table 2: the real sizes
+
+
+MODELS = [  # name, size, mode, and the memory that the paper's table 2 reports for it on a GPU
+    ("DiT-XL/2", "DiT-XL/2", "dense", "3 GB"),
+    ("Large-DiT-4.2B", "4.2B", "dense", "17 GB"),
+    ("TerDiT-600M", "600M", "packed", ""),
+    ("TerDiT-4.2B", "4.2B", "packed", "2 GB"),
+]
 
 
 def table2(args):
-    """Random weights at the real sizes; steps are timed for ten seconds, and the paper's 250 are 250 of them."""
-    device, results, rows = "cuda" if torch.cuda.is_available() else "cpu", [], []
-    for name, size, mode in (("DiT-XL/2", "DiT-XL/2", "dense"), ("Large-DiT-4.2B", "4.2B", "dense"),
-                             ("TerDiT-600M", "600M", "packed"), ("TerDiT-4.2B", "4.2B", "packed")):  # fmt: skip
+    """Random weights at the real sizes. Steps are timed for ten seconds; the paper's 250 steps are 250 times one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    results = []
+    rows = []
+    for name, size, mode, paper_memory in MODELS:
         for image_size in (256, 512):
             try:
-                r = in_its_own_process(size, image_size, mode, device, 0)
-            except RuntimeError as e:  # dense 4.2B is more than many a laptop holds
-                rows.append([name, str(image_size), f"failed: {e}", *[""] * 5])
-                print(" | ".join(rows[-1]), flush=True)
-                continue
-            results.append(dict(name=name, image_size=image_size, device=device, **r))
-            gb = [f"{r[k] / 1e9:.2f} GB" for k in ("file_bytes", "weight_bytes", "peak_bytes")]
-            paper = PAPERS_MEMORY.get(name, "") if image_size == 256 else ""
-            rows.append([name, str(image_size), *gb, paper, f"{r['step_s']:.2f}", f"{250 * r['step_s']:,.0f}"])
-            print(" | ".join(rows[-1]), flush=True)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    publish(args, "table2", f"Table 2: one image, bf16, {where}",
-            ["", "pixels", "file", "weights in memory", "peak memory", "paper's GPU memory", "s a step",
-             "s for 250 steps"], rows, results)  # fmt: skip
+                found = in_its_own_process(size, image_size, mode, device, 0)
+            except RuntimeError as e:  # dense 4.2B needs more memory than many a laptop has
+                row = [name, str(image_size), f"failed: {e}", "", "", "", "", ""]
+            else:
+                results.append(dict(name=name, image_size=image_size, device=device, **found))
+                sizes = [f"{found[key] / 1e9:.2f} GB" for key in ("file_bytes", "weight_bytes", "peak_bytes")]
+                paper = paper_memory if image_size == 256 else ""
+                step = found["step_s"]
+                row = [name, str(image_size), *sizes, paper, f"{step:.2f}", f"{250 * step:,.0f}"]
+            rows.append(row)
+            print(" | ".join(row), flush=True)
+    columns = ["", "pixels", "file", "weights in memory", "peak memory", "paper's GPU memory", "s a step",
+               "s for 250 steps"]
+    publish(args, "table2", f"Table 2: one image, bf16, {where}", columns, rows, results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training run
+
+
+def read_log(folder):
+    """log.csv of a run -> its rows, dicts of text."""
+    path = folder / "log.csv"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder, expected the --out of a training")
+    if not path.is_file():
+        raise ValueError(f"{folder}: no log.csv in it, expected the --out of a training")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for column in ("step", "loss"):
+        if not rows or not rows[-1].get(column):
+            raise ValueError(f"{path}: no {column} in it, expected a row for each 10 steps of a training")
+    return rows
+
+
+def read_column(rows, name):
+    """-> steps and values of the rows in which this column is filled."""
+    filled = [row for row in rows if row.get(name)]
+    return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
+
+
+def running_mean(values, window):
+    """The mean of `window` values around each value. Near the two ends it is of fewer, as many before as after."""
+    means = []
+    for i in range(len(values)):
+        reach = min(window // 2, i, len(values) - 1 - i)
+        means.append(np.mean(values[i - reach : i + reach + 1]))
+    return means
+
+
+def run_panels(rows):
+    """Curves of a run: the loss, and how many ternary codes flip. What the log lacks is left out."""
+    window = 9
+    steps, loss = read_column(rows, "loss")
+    lines = {f"loss, each point the mean of {window} rows of the log": (steps, running_mean(loss, window))}
+    steps, val_loss = read_column(rows, "val_loss")
+    if val_loss:
+        lines["val_loss, of the averaged model on held-out images"] = (steps, val_loss)
+    panels = [Panel("loss", "step", lines)]
+    steps, flipped = read_column(rows, "flipped")
+    if flipped:
+        lines = {"flipped, the ternary codes that changed in 100 steps": (steps, [100 * share for share in flipped])}
+        panels.append(Panel("flipped codes, %", "step", lines, log=False))
+    return panels
+
+
+def run_grids(folder, last_step, most=6):
+    """The sample grids of a run -> titles and paths, `most` of them, evenly chosen, the first and the last included."""
+    grids = []
+    for path in sorted(folder.glob("grid-*.png")):
+        step = path.stem.removeprefix("grid-")
+        if step.isdigit():
+            grids.append((f"step {int(step):,}", path))
+    if (folder / "grid.png").is_file():
+        grids.append((f"step {last_step:,}, the exported model", folder / "grid.png"))
+    if len(grids) > most:
+        chosen = np.linspace(0, len(grids) - 1, most).round().astype(int)
+        grids = [grids[i] for i in chosen]
+    return grids
+
+
+def draw_strip(grids, width=560, height=230):
+    """-> the grids below each other, each below its title and at most width x height pixels."""
+    images = []
+    for _, path in grids:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+        image.thumbnail((width, height))
+        images.append(image)
+    title_height = 34
+    gap = 10
+    page = Image.new("RGB", (width, sum(title_height + image.height + gap for image in images)), "white")
+    draw = ImageDraw.Draw(page)
+    top = 0
+    for (title, _), image in zip(grids, images):
+        draw.text((0, top + title_height - 8), title, fill="black", font=font(16), anchor="ls")
+        page.paste(image, (0, top + title_height))
+        top += title_height + image.height + gap
+    return page
+
+
+def plot_run(folder, path):
+    """Draw a training run: its curves on the left, its sample grids on the right."""
+    rows = read_log(folder)
+    panels = run_panels(rows)
+    grids = run_grids(folder, int(rows[-1]["step"]))
+    if grids:
+        strip = draw_strip(grids)
+        height = min(480, max(330, strip.height // len(panels) - 46))  # as high as the strip, where that looks well
+        curves = plot(panels, columns=1, width=600, height=height)
+        page = Image.new("RGB", (curves.width + 16 + strip.width + 16, max(curves.height, strip.height)), "white")
+        page.paste(curves, (0, 0))
+        page.paste(strip, (curves.width + 16, 0))
+    else:
+        page = plot(panels, columns=1, width=600)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(page, path)
+    print(f"wrote {path}")
+    missing = [name for name in ("val_loss", "flipped") if not read_column(rows, name)[0]]
+    if not grids:
+        missing.append("sample grids")
+    if missing:
+        print(f"not in this run, so not in the picture: {', '.join(missing)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+FIGURES = {"fig1": fig1, "fig2": fig2, "fig4": fig4, "table1": table1, "table2": table2}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = dict(fig1=fig1, fig2=fig2, fig4=fig4, table1=table1, table2=table2)
-    p.add_argument("part", choices=[*parts, "all", "compare"])
-    p.add_argument("ckpt", nargs="*", metavar="CKPT", help="compare: the two checkpoints")
-    p.add_argument("--out", type=Path, default=Path("runs/paper"))
+    p.add_argument("part", choices=[*FIGURES, "all", "compare", "run"])
+    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="compare: two checkpoints; run: a run's folder")
+    p.add_argument("--out", type=Path, help="folder to write to; default runs/paper, of run the run's own folder")
     p.add_argument("--n", type=positive, default=300, help="samples a row of fig2 and table1")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="fig2, table1: of training and sampling")
     p.add_argument("--classes", nargs="+", help="compare: names or indices")
     p.add_argument("--cfg", type=float, help="compare: guidance; default 1.5, of latents 4")
     p.add_argument("--steps", type=positive, help="compare: default as in sample.py")
     args = p.parse_args()
-    if (args.part == "compare") != (len(args.ckpt) == 2):
-        p.error("compare takes two checkpoints, nothing else takes any")
+    n_paths = {"compare": 2, "run": 1}
+    if len(args.paths) != n_paths.get(args.part, 0):
+        p.error("compare takes two checkpoints, run takes one folder, nothing else takes any")
+    if args.part == "run":
+        folder = args.paths[0]
+        plot_run(folder, (args.out or folder) / "run.png")
+        return
+    args.out = args.out or Path("runs/paper")
     start = time.time()
-    for part in parts.values() if args.part == "all" else [parts.get(args.part, compare)]:
-        part(args)
-        print(f"{part.__name__}: {time.time() - start:.0f} s so far", flush=True)
+    for name in FIGURES if args.part == "all" else [args.part]:
+        if name == "compare":
+            compare(args, args.paths)
+        else:
+            FIGURES[name](args)
+        print(f"{name}: {time.time() - start:.0f} s so far", flush=True)
 
 
 if __name__ == "__main__":
