@@ -665,7 +665,8 @@ def draw_strip(grids, width=560, height=230):
         images.append(image)
     title_height = 34
     gap = 10
-    page = Image.new("RGB", (width, sum(title_height + image.height + gap for image in images)), "white")
+    page_width = max(280, *[image.width for image in images])  # 280 holds a title
+    page = Image.new("RGB", (page_width, sum(title_height + image.height + gap for image in images)), "white")
     draw = ImageDraw.Draw(page)
     top = 0
     for (title, _), image in zip(grids, images):
