@@ -34,13 +34,14 @@ def main(argv=None):
     y = torch.tensor([classes[i % len(classes)] for i in range(n)])
     steps = args.steps or (PAPER_STEPS if config.vae else STEPS)
     if Path(args.ckpt).is_dir():
-        print("released checkpoint: class names are ImageNet's indices; its rows are in the order of these as strings "
-              f"({config.class_names[classes[0]]} is row {classes[0]})")  # fmt: skip
+        name = config.class_names[classes[0]]
+        print(f"released checkpoint: class names are ImageNet's indices ({name} is row {classes[0]})")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
     start = time.time()
     progress = Progress(n * steps)
-    images = sample_images(model, y, args.seed, args.cfg, steps, args.sampler, args.batch, decode, progress)
+    images = sample_images(model, y, args.seed, args.cfg, steps, args.sampler, args.batch, decode, progress,
+                           args.guided_channels)  # fmt: skip
     seconds = time.time() - start
 
     if not images.isfinite().all():
@@ -66,12 +67,13 @@ def load(args):
     return load_model(args.ckpt, args.device, DTYPES[args.dtype or default_dtype], **overrides)
 
 
-def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", batch=100, decode=None, progress=None):
+def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", batch=100, decode=None, progress=None,
+                  guided_channels=None):  # fmt: skip
     """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU, computed `batch` at a time."""
     y = torch.as_tensor(y)
     images = []
     for index in torch.arange(len(y)).split(batch):
-        x = sample_latents(model, y[index], index.tolist(), seed, cfg_scale, steps, sampler, progress)
+        x = sample_latents(model, y[index], index.tolist(), seed, cfg_scale, steps, sampler, progress, guided_channels)
         if decode:
             x = decode(x)
         images.append(x.float().clamp(-1, 1).cpu())
@@ -79,7 +81,8 @@ def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", 
 
 
 @torch.no_grad()
-def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", progress=None):
+def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", progress=None,
+                   guided_channels=None):  # fmt: skip
     """The guided denoising loop: labels y (n,) -> x_0 (n, C, H, W) fp32.
 
     index: each image's number in the run. Its noise is a function of the seed and this number, so an image is the same
@@ -101,8 +104,8 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=
         if cfg_scale == 1:
             out = model(x, t, y)
         else:
-            both = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cfg_scale)
-            out = both[: len(x)]
+            twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+            out = model.forward_with_cfg(*twice, cfg_scale, guided_channels)[: len(x)]
         if progress:
             progress(len(x))
         return out
@@ -161,15 +164,14 @@ def peak_memory(device):
 def report(path, model, device, seconds, n, steps):
     """Print what the paper's efficiency table (table 2) reports."""
     if model.config.ternary:
-        dtype = model.x_embedder.weight.dtype
-        how = packed_path(device, dtype)
+        how = packed_path(device, model.product_dtype)
         if how == "kernel":
             how = "kernel.cu"
         elif how == "blocks":
             how = f"blocks, dequantized by {'kernel.cu' if cpu_kernel() else 'PyTorch'}"
         else:
             how = "unpacking at every call"
-        print(f"packed layers run by {how}, {str(dtype).removeprefix('torch.')}")
+        print(f"packed layers run by {how}, {str(model.product_dtype).removeprefix('torch.')}")
     tensors = read_model(path)[1].values()
     codes = count_bytes(t for t in tensors if t.dtype == torch.uint8)
     rest = count_bytes(t for t in tensors if t.dtype != torch.uint8)
@@ -191,6 +193,7 @@ def parse_args(argv=None):
     flag("--classes", nargs="+", help="names or indices; all classes by default (eight of more than ten)")
     flag("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
     flag("--cfg", type=float, default=1.5, help="guidance scale; 1 is none (default 1.5)")
+    flag("--guided-channels", type=positive, metavar="N", help="guide the first N channels; default all; upstream 3")
     flag("--steps", type=positive, help=f"denoising steps; default {STEPS}, for latents the paper's {PAPER_STEPS}")
     flag("--sampler", choices=["ddpm", "ddim"], default="ddpm")
     flag("--seed", type=int, default=0)
@@ -198,7 +201,7 @@ def parse_args(argv=None):
     flag("--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid")
     flag("--out", help="default grid.png or samples.npz")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--dtype", choices=DTYPES, help="default fp32 on a CPU, bf16 on a GPU")
+    flag("--dtype", choices=DTYPES, help="of products with ternary weights; default fp32 on a CPU, bf16 on a GPU")
     flag("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
     flag("--n-heads", type=positive, help="for released folders whose model has not 32 heads")
     args = parser.parse_args(argv)
@@ -313,8 +316,8 @@ def run_main(main):
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        sys.exit(f"error: out of memory ({first_line(e)}). Try a smaller --micro-batch (train.py) or --batch (sample.py), "
-                 "a smaller --image-size, or --checkpointing")  # fmt: skip
+        sys.exit(f"error: out of memory ({first_line(e)}). Try a smaller --micro-batch, --image-size or --size, or "
+                 "--checkpointing (train.py); a smaller --batch (sample.py)")  # fmt: skip
     except KeyboardInterrupt:
         sys.exit("stopped")
 

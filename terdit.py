@@ -154,6 +154,7 @@ class TernaryLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.alphas = nn.Parameter(torch.empty(1))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.product_dtype = None  # that of x, unless DiT.set_product_dtype says otherwise
         nn.init.xavier_uniform_(self.weight)
         with torch.no_grad():
             self.alphas.copy_(self.weight.abs().mean())  # the output is about as large as without rounding
@@ -172,6 +173,13 @@ def modulate(x, shift, scale):
 
 class RMSNorm(nn.RMSNorm):
     """Computes in its weight's dtype, fp32: under autocast x is bf16, but adaLN's output scales whole blocks."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """As RMSNorm."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -233,8 +241,8 @@ class Attention(nn.Module):
         self.wv = linear(cfg.dim, cfg.dim, bias=False)
         self.wo = linear(cfg.dim, cfg.dim, bias=False)
         # Over all D channels, before they are split into heads and rotated (Large-DiT).
-        self.q_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, heads, T, head_dim)
@@ -243,7 +251,7 @@ class Attention(nn.Module):
         q = rotate(self.split_heads(self.q_norm(self.wq(x))), freqs_cis)
         k = rotate(self.split_heads(self.k_norm(self.wk(x))), freqs_cis)
         v = self.split_heads(self.wv(x))
-        out = softmax_attention(q, k, v)  # (B, heads, T, head_dim)
+        out = softmax_attention(q.to(v.dtype), k.to(v.dtype), v)  # (B, heads, T, head_dim)
         return self.wo(out.transpose(1, 2).flatten(-2))  # (B, T, D)
 
 
@@ -321,6 +329,7 @@ class DiT(nn.Module):
     def __init__(self, config, packed=False):
         super().__init__()
         self.config = cfg = config
+        self.product_dtype = torch.float32
         if packed and not cfg.ternary:
             raise ValueError("a full-precision model (ternary=False) has no ternary layers to pack")
         # The linears of sections 2 and 5 in the faster form of section 7. The plain classes work here too.
@@ -367,6 +376,14 @@ class DiT(nn.Module):
         for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(linear.weight)
 
+    def set_product_dtype(self, dtype):
+        """Multiply by ternary weights in this dtype. All else stays in fp32: the residual stream, norms, embeddings and
+        the final layer, as under autocast in training."""
+        self.product_dtype = dtype
+        for module in self.modules():
+            if isinstance(module, (TernaryLinear, PackedTernaryLinear)):
+                module.product_dtype = dtype
+
     def patchify(self, x):
         p = self.config.patch_size
         x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H/p, p, W/p, p)
@@ -398,8 +415,8 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None):
         """Classifier-free guidance, with upstream's arguments.
 
-        x (B, C, H, W): the first half is run twice, the second half is ignored. t (B,). y (B,): the classes, then as many
-        null labels. -> (B, 2C or C, H, W), whose two halves hold the same guided prediction; sigma is never guided.
+        x (B, C, H, W): the first half is run twice, the second half is ignored. y (B,): the classes, then as many null
+        labels. -> (B, 2C or C, H, W), whose two halves hold the same guided prediction; sigma is never guided.
         guided_channels=3 reproduces upstream, which leaves the fourth latent channel unguided (DiT issue 41 calls it a
         slip). None guides every channel.
         """
@@ -466,7 +483,7 @@ class GaussianDiffusion:
     """The noise process q(x_t | x_0), the training loss, and the samplers.
 
     Linear betas 1e-4..0.02 over 1000 steps (DDPM). `respacing` keeps fewer of them for sampling: a shorter process with
-    the same alphas_cumprod at the kept steps. timestep_map[i] is the original number of step i. Tables are float64 numpy.
+    the same alphas_cumprod at the kept steps; timestep_map[i] is the original number of step i. Tables are float64.
 
     prediction: what the model's first C channels mean. "eps" is the noise, the paper's choice. "v" is
     sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise,
@@ -542,7 +559,7 @@ class GaussianDiffusion:
         """Loss of model(x_t, timestep, y) for x0 (B, C, H, W), t (B,) int64, y (B,) -> dict of (B,) tensors.
 
         `mse` is the paper's simple loss; `vb`, in bits a dimension, teaches the sigma channels alone (Improved DDPM
-        section 3.1): no gradient of it reaches the prediction. Without sigma channels there is no vb. `loss` is their sum.
+        section 3.1): no gradient of it reaches the prediction. Without sigma channels there is none. `loss` is the sum.
         """
         if noise is None:
             noise = torch.randn_like(x0)
@@ -638,6 +655,8 @@ def check_packed(packed, name="weight"):
 
 def packed_linear_plain(x, weight, alphas, bias):
     """x (..., K), weight (N/4, K) uint8, alphas (1,), bias (N,) or None -> (..., N): unpack, scale, multiply."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
     return F.linear(x, unpack_ternary(weight).to(x.dtype) * alphas.to(x.dtype), bias)
 
 
@@ -656,6 +675,7 @@ class PackedTernaryLinear(nn.Module):
         self.register_buffer("weight", torch.zeros(out_features // 4, in_features, dtype=torch.uint8))
         self.alphas = nn.Parameter(torch.ones(1))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.product_dtype = None  # that of x, unless DiT.set_product_dtype says otherwise
 
     def forward(self, x):
         return packed_linear_plain(x, self.weight, self.alphas, self.bias)
@@ -669,6 +689,7 @@ def pack_model(model):
     """
     with torch.device("meta"):
         packed = DiT(model.config, packed=True)
+    packed.set_product_dtype(model.product_dtype)
     ternary = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
     state = {}
     for name, value in model.state_dict().items():
@@ -731,6 +752,12 @@ def released_config(state, args):
     for candidate in (32, 64, 128, 256):
         if math.ceil(int(8 * dim / 3) / candidate) * candidate == ffn_dim:
             multiple_of = candidate
+    is_ternary = "layers.0.attention.wq.alphas" in state
+    class_names = [str(i) for i in range(num_classes)]
+    if is_ternary:
+        # TerDiT's rows follow its class_to_idx.json, the indices in order as strings: 0, 1, 10, 100, 101, ... So 207 is
+        # row 121. Large-DiT's rows are ImageNet's indices themselves: 207 is row 207.
+        class_names.sort()
     return dict(
         input_size=int(getattr(args, "image_size", 256)) // 8,
         patch_size=patch_size,
@@ -742,11 +769,10 @@ def released_config(state, args):
         num_classes=num_classes,
         learn_sigma=len(state["final_layer.linear.weight"]) == 2 * patch_dim,
         qk_norm="layers.0.attention.q_norm.weight" in state,
-        ternary="layers.0.attention.wq.alphas" in state,
+        ternary=is_ternary,
         adaln_norm="layers.0.adaLN_modulation.2.weight" in state,
         vae=f"stabilityai/sd-vae-ft-{getattr(args, 'vae', 'ema')}",
-        # Upstream numbered the classes by their indices as strings: 0, 1, 10, 100, 101, ... so 207 is row 121.
-        class_names=sorted(str(i) for i in range(num_classes)),
+        class_names=class_names,
     )
 
 
@@ -783,11 +809,8 @@ def read_model(path):
     return ckpt["config"], ckpt["model"]
 
 
-def checked_state(state, packed, dtype):
-    """The tensors of a checkpoint, their types checked, and those of the full-precision layers cast to dtype.
-
-    Alphas and latent weights stay fp32: a latent weight in bf16 could round to another code.
-    """
+def checked_state(state, packed):
+    """The tensors of a checkpoint, their types checked: packed codes are uint8, all else is cast to fp32."""
     ternary = {name.removesuffix("alphas") + "weight" for name in state if name.endswith("alphas")}
     checked = {}
     for name, value in state.items():
@@ -795,8 +818,8 @@ def checked_state(state, packed, dtype):
             check_packed(value, name)
         elif not value.is_floating_point():
             raise ValueError(f"{name} is {value.dtype}, expected floating point")
-        elif name not in ternary and not name.endswith("alphas"):
-            value = value.to(dtype)
+        else:
+            value = value.float()
         checked[name] = value
     return checked
 
@@ -804,9 +827,9 @@ def checked_state(state, packed, dtype):
 def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     """Load a DiT for inference, with its `.config`: a file of save_checkpoint, or a released folder.
 
-    dtype is that of the full-precision parts; packed codes stay uint8, alphas and ternary latents fp32. `overrides`
-    replace Config fields: a released folder does not say n_heads (32 in all of them). Raises ValueError or
-    FileNotFoundError, naming the file.
+    dtype is that of products with ternary weights, packed or not; all else is fp32. A full-precision model is in dtype
+    as a whole. `overrides` replace Config fields: a released folder does not say n_heads (32 in all of them). Raises
+    ValueError or FileNotFoundError, naming the file.
     """
     fields, state = read_model(path)
     try:
@@ -814,9 +837,12 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
         packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
         with torch.device("meta"):
             model = DiT(config, packed=packed)
-        model.load_state_dict(checked_state(state, packed, dtype), assign=True)
+        model.load_state_dict(checked_state(state, packed), assign=True)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path}: damaged, or its config is wrong: {' '.join(str(e).split())[:300]}") from None
+    model.set_product_dtype(dtype)
+    if not config.ternary:
+        model.to(dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -883,10 +909,12 @@ class FastTernaryLinear(TernaryLinear):
     """TernaryLinear, with the weight made by _ScaledTernaryWeight directly in the dtype that the matmul takes."""
 
     def forward(self, x):
-        dtype = x.dtype
+        dtype = self.product_dtype or x.dtype
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
             dtype = torch.get_autocast_dtype(x.device.type)
-        return F.linear(x, _ScaledTernaryWeight.apply(self.weight, self.alphas, dtype), self.bias)
+        weight = _ScaledTernaryWeight.apply(self.weight, self.alphas, dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), weight, bias)
 
 
 class FastPackedTernaryLinear(PackedTernaryLinear):
@@ -895,6 +923,7 @@ class FastPackedTernaryLinear(PackedTernaryLinear):
     def forward(self, x):
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"x of (..., {self.weight.shape[1]}) wanted, got {tuple(x.shape)}")
+        x = x.to(self.product_dtype or x.dtype)
         if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, self.alphas, self.bias)):
             return super().forward(x)  # only the plain path has a backward pass
         return packed_linear(x, self.weight, self.alphas, self.bias)

@@ -5,11 +5,12 @@
     python train.py --size 600M --data DIR --vae VAE       the paper's model, on latents that are made once
     torchrun --nproc-per-node=8 train.py --size 4.2B ...   many GPUs
 
-The same command resumes a run that was stopped, on any number of processes. Everything random is a function of --seed,
-the step and a sample's place in the batch: a resumed run equals an uninterrupted one, on one CPU process bit for bit,
-and more processes change no more than the order of additions.
+The same command resumes a run that was stopped, on any number of processes. Random numbers depend only on --seed, the
+step and a sample's place in the batch, so no random state is saved: a resumed run equals an uninterrupted one, on one
+CPU process bit for bit. More processes, or other micro-batches, change the order of additions and nothing else.
 
-The file reads from the settings down: data, batches, optimizer, many processes, saved states, log, a step, the loop.
+The order of this file: settings, data, batches, optimizer, memory, many processes, saved states, a step, the log, and
+last `main`, the loop. Read `main` first if you like.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import colorsys
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -51,7 +54,8 @@ from terdit import atomic_write, first_line, load_model, pack_model, save_checkp
 
 @dataclass
 class TrainConfig:
-    """What a run is trained with. Each field is a flag; the values here are those of the paper's sizes."""
+    """What a run is trained with; the values here are those of the paper's sizes. Flags of the same name replace them
+    (warmup, betas, decay_until and ema have none: they are the recipe's)."""
 
     size: str | None = None  # a name in terdit.SIZES; None with init
     init: str | None = None  # start from this checkpoint
@@ -64,7 +68,7 @@ class TrainConfig:
     qk_norm: bool | None = None  # LayerNorm on q and k; None: on for the paper's sizes, trained from scratch
 
     batch: int = 256  # images a step, of all processes together
-    micro_batch: int | None = None  # images at a time within a step; None: as many as fit in memory
+    micro_batch: int | None = None  # images a forward and backward pass, whose gradients add up; None: what fits
     steps: int = 1_750_000
     lr: float = 1e-4  # Large-DiT's; nobody has verified it for ternary weights at these sizes
     warmup: int = 1000  # steps
@@ -85,9 +89,9 @@ class TrainConfig:
     dtype: str | None = None  # of matmuls; None: bf16 where the hardware has it
 
 
-PAPER = TrainConfig()  # 600M: 448M images. The paper gives no batch; 256 is our reading, 875,000 steps of 512 fits as well
-PAPER_LARGE = TrainConfig(batch=512, steps=1_180_000)  # 4.2B: 604M images, as the released 3B_1180000 has it
-PAPER_LARGE_512 = TrainConfig(batch=512, steps=1_360_000)  # 4.2B at 512 pixels: 696M images, inferred from the paper's
+PAPER = TrainConfig()  # 600M: 448M images. A batch of 256 is our reading; 875,000 steps of 512 fit as well
+PAPER_LARGE = TrainConfig(batch=512, steps=1_180_000)  # 4.2B: 604M images, the steps of upstream's 3B_1180000
+PAPER_LARGE_512 = TrainConfig(batch=512, steps=1_360_000)  # 4.2B at 512 pixels: 696M images; steps inferred from them
 DEMO = TrainConfig(  # tiny and small, tuned for minutes on two cores
     image_size=24,
     batch=16,
@@ -120,7 +124,7 @@ BROKEN = -1  # label of an image that cannot be read
 
 @lru_cache(maxsize=None)
 def glyph(digit, stroke):
-    """One digit of Pillow's own font, 96 pixels high, white on black, centred by its ink in 192 x 192."""
+    """One digit of Pillow's own font, 96 pixels high, white on black, its bounding box in the middle of 192 x 192."""
     image = Image.new("L", (192, 192))
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=96)
@@ -131,7 +135,7 @@ def glyph(digit, stroke):
 
 
 def draw_digit(digit, size, rng):
-    """One bright digit on a dark colour gradient, as rng has it -> (size, size, 3) in [0, 1]."""
+    """One bright digit on a dark colour gradient, its shape and colours from rng -> (size, size, 3) in [0, 1]."""
     large = 4 * size  # drawn at four times the size, then averaged down
     turn = rng.uniform(-0.12, 0.12)  # radians
     slant = rng.uniform(-0.2, 0.2)
@@ -159,7 +163,7 @@ def digits(n, size=24, seed=0):
     """The embedded data set: n bright digits on dark gradients, the same for the same seed.
 
     -> images (n, 3, size, size) float32 in [-1, 1], labels (n,) int64. Turn, slant, size, weight, place and colours
-    vary. A model learns in minutes what is centred and bright on dark.
+    vary, but all are centred and bright on dark: a small model learns them in minutes.
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n)
@@ -204,7 +208,7 @@ def load_encoder(name, device):
     """-> function of images (n, 3, H, W) uint8 to rows of the cache, and the latents' scale.
 
     Rows are the images themselves, (n, 1, 3, H, W), or with a VAE scaled latents, plain and mirrored, (n, 2, C, h, w)
-    fp16: the means that the VAE gives, whose own spread is small against theirs.
+    fp16: the mean of the VAE's posterior, not a draw from it as in DiT. How much that matters is printed.
     """
     if not name:
 
@@ -215,13 +219,21 @@ def load_encoder(name, device):
     vae = load_vae(name, device)
     scale = vae.config.scaling_factor
     if getattr(vae.config, "shift_factor", None):
-        raise ValueError(f"--vae {name} shifts its latents, which a checkpoint here cannot say")
+        raise ValueError(f"--vae {name} shifts its latents (shift_factor), which our Config does not store")
+
+    told = False
 
     def encode(images):
+        nonlocal told
         both = np.stack([images, images[..., ::-1]], axis=1)  # (n, 2, 3, H, W): as they are, and mirrored
         x = torch.from_numpy(both).to(device).float() / 127.5 - 1
-        z = vae.encode(x.flatten(0, 1)).latent_dist.mode() * scale
-        return z.unflatten(0, (len(images), 2)).half().cpu().numpy()
+        posterior = vae.encode(x.flatten(0, 1)).latent_dist
+        z = posterior.mode()
+        if not told and images.any():
+            told = True
+            spread = posterior.std.mean() / z.std()
+            print(f"latents are means of the VAE's posteriors, whose spread is {spread:.1%} of the latents' own")
+        return (z * scale).unflatten(0, (len(images), 2)).half().cpu().numpy()
 
     return encode, scale
 
@@ -328,7 +340,7 @@ def make_cache(cfg, cache):
             if number + 1 < len(parts):
                 next_part = start_reading(parts[number + 1])  # while these are encoded
             images.x[part] = encode(np.stack([blank if image is None else image for image in read]))
-            images.x.flush()  # before they are called done
+            images.x.flush()  # the images are on the disk before the labels say that they are
             images.labels[part] = [BROKEN if image is None else files[i][1] for i, image in zip(part, read)]
             progress(len(part))
     barrier()
@@ -336,7 +348,7 @@ def make_cache(cfg, cache):
 
 class Data(NamedTuple):
     images: Images
-    mirror: bool  # whether a mirrored image is as good as the image
+    mirror: bool  # flip half of the images
     train_index: torch.Tensor  # the images that are learned from
     held_out: tuple | None  # x0 (m, C, H, W) and labels (m,) for validation: one image in 100, at most 256
 
@@ -355,12 +367,13 @@ def find_cache(cfg):
     if is_cache(Path(cfg.data)):
         return Path(cfg.data)
     cache = cfg.out / f"{'latents' if cfg.vae else 'images'}-{cfg.image_size}"
+    if is_cache(cache):
+        source = open_cache(cache).header["source"]
+        if Path(source).resolve() != Path(cfg.data).resolve():
+            raise ValueError(f"{cache} holds the images of {source}, not of --data {cfg.data}: take another --out, "
+                             f"delete that folder, or say --data {cache}")  # fmt: skip
     if not is_cache(cache) or (open_cache(cache).labels == UNREAD).any():
         make_cache(cfg, cache)
-    source = open_cache(cache).header["source"]
-    if Path(source).resolve() != Path(cfg.data).resolve():
-        raise ValueError(f"{cache} holds the images of {source}, not of --data {cfg.data}: take another --out, delete "
-                         f"that folder, or say --data {cache}")  # fmt: skip
     return cache
 
 
@@ -434,15 +447,18 @@ def draw_batch(data, model_config, cfg, diffusion, step):
 def draw_timesteps(n, diffusion, rng):
     """t (n,). For eps: uniform, as in the paper. For v: logSNR ~ N(-2, 2.5), and one in twenty uniform.
 
-    High noise is where a picture's layout is decided. A short training lacks time there more than anywhere else.
+    Most then fall between t = 200 and 800, where a picture's layout is decided; a nearly clean image, or one of nearly
+    pure noise, teaches little. A short training has no time to spend on them.
     """
     if diffusion.prediction == "eps":
         return torch.randint(1000, (n,), generator=rng)
     quantile = (torch.arange(n) + torch.rand(n, generator=rng)) / n  # spread evenly over the batch
     wanted = -2 + 2.5 * torch.special.ndtri(quantile.double().clamp(1e-6, 1 - 1e-6))
-    log_snr = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))  # falls as t grows
-    n_noisier = torch.searchsorted(log_snr.flip(0).contiguous(), wanted)  # timesteps with less signal than wanted
-    t = 999 - n_noisier.clamp(0, 999)  # these are the last ones, so the wanted one is just before them
+    # log_snr falls as t grows, so flipped it rises. n_noisier timesteps have a lower logSNR than is wanted. They are
+    # t = 999, 998, ..., so the wanted one is the next: 999 - n_noisier.
+    log_snr = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))
+    n_noisier = torch.searchsorted(log_snr.flip(0).contiguous(), wanted)
+    t = 999 - n_noisier.clamp(max=999)
     is_uniform = torch.rand(n, generator=rng) < 0.05
     return torch.where(is_uniform, torch.randint(1000, (n,), generator=rng), t)
 
@@ -466,6 +482,48 @@ def read_init(path):
     return model.config, state
 
 
+def fingerprint(state):
+    """A number that tells the weights of --init from others, wherever their file lies."""
+    crc = 0
+    for name in sorted(state):
+        crc = zlib.crc32(state[name].detach().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def match_labels(state, init, their_names, our_names):
+    """Rows of the label table of --init in our order if the classes are the same, else without a table.
+
+    They are the same if they have the same names, or if ours are ImageNet's 1,000 folders (n01440764, ...), which in
+    sorted order have the indices 0 to 999 that name the classes of a released model.
+    """
+    if their_names == our_names:
+        return state
+    ours = our_names
+    if len(ours) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ours):
+        ours = [str(i) for i in range(1000)]
+    table = "y_embedder.embedding_table.weight"
+    if their_names and sorted(their_names) == sorted(ours):
+        rows = [their_names.index(name) for name in ours]
+        print(f"label table: the {len(ours)} classes of {init}, in the order of --data")
+        return state | {table: state[table][[*rows, len(rows)]]}  # the last row is the null label
+    print(f"new label table: {init} has {len(state[table]) - 1} classes, here are {len(our_names)}")
+    return {name: value for name, value in state.items() if name != table}
+
+
+@torch.no_grad()
+def add_adaln_norm(model, state):
+    """Give the weights of a model without the paper's RMS Norm one: its gain is the size of what it will divide by.
+
+    The adaLN outputs of the full-precision model, at 50 timesteps, have a root mean square in each block; with that as
+    the gain, the norm changes their sizes as little as it can.
+    """
+    c = model.t_embedder(torch.linspace(0, 999, 50)) + model.y_embedder.embedding_table.weight.mean(0)
+    for i in range(model.config.n_layers):
+        name = f"layers.{i}.adaLN_modulation"
+        out = F.linear(F.silu(c), state[f"{name}.1.weight"], state[f"{name}.1.bias"])
+        state[f"{name}.2.weight"] = out.square().mean().sqrt().expand(out.shape[1])
+
+
 def build_model(model_config, state=None, init=None):
     """-> DiT to train: fresh, or with the weights `state` of the checkpoint `init`; a missing label table is new."""
     model = DiT(model_config)
@@ -474,6 +532,10 @@ def build_model(model_config, state=None, init=None):
     ours = model.state_dict()
     table = "y_embedder.embedding_table.weight"
     theirs = {table: ours[table]} | state
+    if model_config.adaln_norm and "layers.0.adaLN_modulation.2.weight" not in theirs:
+        embedders = {name: value for name, value in theirs.items() if name.startswith(("t_embedder.", "y_embedder."))}
+        model.load_state_dict(embedders, strict=False)
+        add_adaln_norm(model, theirs)
     for name in ours.keys() - theirs.keys():
         if name.endswith("alphas"):  # from full precision: alpha starts at the quantizer's scale
             theirs[name] = theirs[name.replace("alphas", "weight")].abs().mean().view(1)
@@ -487,11 +549,11 @@ def build_model(model_config, state=None, init=None):
 
 
 def make_optimizer(model, cfg):
-    """AdamW. Alphas learn at a fifth of the rate: they are small numbers that scale whole layers.
+    """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer.
 
-    Decay shrinks the blocks' matrices. Rounding compares latent weights with their mean, so their common scale says
-    nothing about the codes; but the smaller they are, the sooner a step flips a code. With decay, codes go on flipping
-    until the learning rate falls.
+    Decay shrinks the blocks' matrices. To multiply all of W changes no code, so it changes no output at once. But the
+    smaller the latent weights are, the fewer steps a code takes to flip: with decay, codes go on flipping until the
+    learning rate falls.
     """
     alphas = []
     matrices = []
@@ -513,7 +575,7 @@ def make_optimizer(model, cfg):
 
 
 def learning_rate(cfg, step):
-    """It warms up, then falls along a cosine to 1%: ternary codes settle only when it is small."""
+    """The rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small."""
     warmup = min(1, (step + 1) / cfg.warmup)
     cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
     return cfg.lr * warmup * cosine
@@ -530,7 +592,7 @@ def set_learning_rate(optimizer, cfg, step):
 
 
 def training_flops(config):
-    """FLOP of training on one image: 2 for each weight and token, and twice as much again in the backward pass."""
+    """FLOP of training on one image: forward 2 for each weight and token, backward twice that."""
     d, cond = config.dim, config.cond_dim
     patch_dim = config.patch_size**2 * config.in_channels
     out_dim = patch_dim * (2 if config.learn_sigma else 1)
@@ -693,8 +755,8 @@ def full_tensor(x):
 def shard_model(model, device):
     """Move a model to its device. Of many processes each holds a part (FSDP2), and a whole block only to compute it.
 
-    They are gathered in fp32 and then rounded: so ternarize divides by the mean of the whole matrix, and its codes are
-    those that packing will make. Of weights gathered in bf16 (MixedPrecisionPolicy), some would round to other codes.
+    Weights are gathered in fp32 and ternarized whole: so mean|W| is that of the whole matrix, and the codes are those
+    that packing will make. Of weights gathered in bf16 (MixedPrecisionPolicy), some would round to other codes.
     """
     if not dist.is_initialized():
         return model.to(device)
@@ -731,7 +793,7 @@ def remove_state(path):
 
 
 def save_state(out, tensors, metadata):
-    """Write tensors (each process its own parts) and the dict `metadata` beside, then rename; keep the last two."""
+    """Write tensors (each process its own parts) and run.json into a .tmp folder, then rename it; keep the last two."""
     path = out / f"state-{metadata['step']:07d}"
     tmp_path = path.with_suffix(".tmp")
     is_first = ranks()[0] == 0
@@ -742,7 +804,8 @@ def save_state(out, tensors, metadata):
             atomic_write(tmp_path / "run.json", lambda file: file.write(text))
             os.rename(tmp_path, path)
     except (dcp.CheckpointException, OSError) as e:
-        free = shutil.disk_usage(out).free / 1e6  # torch reports a full disk as "unexpected pos"
+        # torch reports a full disk as "unexpected pos", so the free space is said too.
+        free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(tmp_path, ignore_errors=True)
         kept = f"{states(out)[-1]} is whole" if states(out) else "nothing was saved before"
         raise OSError(f"{path}: cannot be written ({failure(e)}; {free:,.0f} MB free); {kept}") from None
@@ -753,13 +816,13 @@ def save_state(out, tensors, metadata):
 
 
 def failure(e):
-    """One line of an exception. One of DCP's holds an exception for each process: the first of them."""
+    """One line of an exception. DCP collects one for each process: of these the first."""
     if isinstance(e, dcp.CheckpointException):
         e = next(iter(e.failures.values()))[0]
     return first_line(e)
 
 
-def damaged(path, why):
+def damaged_error(path, why):
     return ValueError(f"{path}: damaged ({why}); delete it to go on from the one before, or --fresh")
 
 
@@ -771,7 +834,7 @@ def load_tensors(path, tensors):
     try:
         dcp.load(tensors, checkpoint_id=path)
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as e:
-        raise damaged(path, failure(e)) from None
+        raise damaged_error(path, failure(e)) from None
 
 
 def read_state(path, prefix=""):
@@ -783,6 +846,14 @@ def read_state(path, prefix=""):
     return tensors
 
 
+def saved_micro_batch(out):
+    """That of the newest state, or None."""
+    try:
+        return json.loads((states(out)[-1] / "run.json").read_text())["micro_batch"]
+    except (OSError, ValueError, LookupError, TypeError):  # no state; a damaged one is refused later, by name
+        return None
+
+
 def check_state(path, metadata):
     """The step of the state in `path` if its run is the one that metadata describes, or ValueError: what differs."""
     try:
@@ -792,11 +863,14 @@ def check_state(path, metadata):
         steps = saved["steps"]
         version = saved["torch"]
     except (OSError, ValueError, LookupError, TypeError) as e:
-        raise damaged(path, repr(e)) from None
+        raise damaged_error(path, repr(e)) from None
     for field, here in (metadata["config"] | metadata).items():
-        if field not in ("step", "steps", "torch") and here != theirs.get(field):
-            difference = f"{field}={theirs.get(field)!r}, this command says {here!r}"
-            raise ValueError(f"{path} was trained with {difference}: use the same, another --out, or --fresh")
+        if field in ("step", "steps", "torch", "micro_batch") or here == theirs.get(field):
+            continue
+        difference = f"{field}={theirs.get(field)!r}, this command says {here!r}"
+        if field == "files":
+            difference = "another list of images"
+        raise ValueError(f"{path} was trained with {difference}: use the same, another --out, or --fresh")
     if step > metadata["steps"]:
         raise ValueError(f"{path} is at step {step} already, --steps says {metadata['steps']}")
     if steps != metadata["steps"]:
@@ -813,7 +887,7 @@ def check_state(path, metadata):
 class Run:
     """What a step of training reads and changes."""
 
-    def __init__(self, cfg, data, model, ema, optimizer, decode=None):
+    def __init__(self, cfg, data, model, ema, optimizer, decode=None, init_fingerprint=None):
         self.cfg = cfg
         self.data = data
         self.model = model
@@ -821,6 +895,7 @@ class Run:
         self.optimizer = optimizer
         self.diffusion = GaussianDiffusion(prediction=model.config.prediction)
         self.decode = decode  # latents -> images, or None
+        self.init_fingerprint = init_fingerprint
         self.step = 0  # steps that are done
         self.pool = ThreadPoolExecutor(1)
         self.upcoming: Future | None = None
@@ -847,16 +922,30 @@ class Run:
         return tensors
 
     def metadata(self):
-        """What run.json says: a state goes on only under a command that means the same."""
+        """What run.json says. check_state refuses to resume under a command that means something else."""
+        cfg = self.cfg
         files = json.dumps(self.data.images.header.get("files")).encode()
-        same = {name: getattr(self.cfg, name) for name in ("steps", "batch", "lr", "decay", "seed", "init", "dtype")}
-        return dict(format=STATE, config=asdict(self.model.config), images=len(self.data.images.labels),
-                    torch=str(torch.__version__), files=zlib.crc32(files), step=self.step, **same)  # fmt: skip
+        return dict(
+            format=STATE,
+            torch=str(torch.__version__),
+            step=self.step,
+            steps=cfg.steps,
+            config=asdict(self.model.config),
+            images=len(self.data.images.labels),
+            files=zlib.crc32(files),
+            batch=cfg.batch,
+            micro_batch=cfg.micro_batch,
+            lr=cfg.lr,
+            decay=cfg.decay,
+            seed=cfg.seed,
+            dtype=cfg.dtype,
+            init=self.init_fingerprint,
+        )
 
 
 @dataclass
 class StepStats:
-    """What a step has seen, over all processes. Quartiles are of the timestep: 0-249, ... 750-999."""
+    """Statistics of one step, over all processes. Quartiles are of the timestep: 0-249, ... 750-999."""
 
     loss: float  # mean over the batch
     grad_norm: float  # before clipping
@@ -864,8 +953,8 @@ class StepStats:
     mse_count: np.ndarray  # (4,) images in each quartile
 
 
-def training_losses(run, model, batch):
-    """GaussianDiffusion's terms (B,) of a micro-batch, in the dtype of the run."""
+def autocast_losses(run, model, batch):
+    """GaussianDiffusion.training_losses of a micro-batch, in the dtype of the run."""
     with torch.autocast(run.cfg.device, torch.bfloat16, enabled=run.cfg.dtype == "bf16"):
         return run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise)
 
@@ -881,7 +970,7 @@ def train_step(run, batch, show_part=None):
     n_done = 0
     # Gradients add up over micro-batches, which bounds the memory of activations.
     for part in batch.split(cfg.micro_batch, cfg.device):
-        terms = training_losses(run, run.model, part)
+        terms = autocast_losses(run, run.model, part)
         part_loss = terms["loss"].sum() / cfg.batch
         (part_loss * world).backward()  # FSDP takes the mean over the processes
         loss += part_loss.detach()
@@ -904,7 +993,7 @@ def train_step(run, batch, show_part=None):
     run.optimizer.step()
     run.optimizer.zero_grad()
     if world > 1:
-        run.ema.module.reshard()  # validation leaves some of it gathered
+        run.ema.module.reshard()  # FSDP keeps some of it whole after a validation
     run.ema.update_parameters(run.model)
     run.step += 1
     return stats
@@ -919,7 +1008,7 @@ def validate(run):
     noise = torch.randn(x0.shape, generator=generator(run.cfg.seed, 3))
     total = 0.0
     for part in Batch(x0, t, y, noise).split(run.cfg.micro_batch, run.cfg.device):
-        total += training_losses(run, run.ema.module, part)["loss"].sum().item()
+        total += autocast_losses(run, run.ema.module, part)["loss"].sum().item()
     return total / n
 
 
@@ -954,12 +1043,15 @@ def duration(seconds):
 
 
 class Log:
-    """log.csv and the line on the terminal. A row every ten steps; rows past a resumed step go: it reads as one run.
+    """log.csv and the line on the terminal. A row every ten steps; rows past a resumed step are removed.
 
-    loss: mean since the row before. mse_q1..4: mean square error of the predicted noise at timesteps 0-249, ...
-    750-999. zero, flipped: share of ternary codes that are 0, and that changed in the 100 steps (or since the resume).
-    val_loss: of the averaged model on images held out. tflops: of the model, 1e12 a second on each device (all that an
-    H100 has in bf16 are 989).
+        loss            mean since the row before (after a resume, of fewer steps)
+        mse_q1..4       mean square error of the predicted noise at timesteps 0-249, ... 750-999
+        grad_norm, lr   of the row's last step; the norm before clipping
+        images_per_s    since the run started or resumed, its first step and sample grids left out
+        zero, flipped   share of ternary codes that are 0, and that changed in the last 100 steps (or since the resume)
+        val_loss        of the averaged model, on images held out
+        tflops          of the model, 1e12 a second on each device (an H100's peak in bf16 is 989)
     """
 
     FIELDS = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss tflops".split()
@@ -991,7 +1083,7 @@ class Log:
 
     @contextmanager
     def paused_clock(self):
-        """What happens inside is no training time."""
+        """What happens inside does not count in images_per_s."""
         before = time.time()
         yield
         self.start += time.time() - before
@@ -1016,8 +1108,8 @@ class Log:
         share = run.cfg.batch // ranks()[1]
         seconds_an_image = (time.time() - self.step_start) / n_done
         time_left = ((run.cfg.steps - run.step) * share - n_done) * seconds_an_image
-        self.show(f"step {run.step + 1}/{run.cfg.steps}: {n_done} of {share} images, {seconds_an_image:.2f} s an image, "
-                  f"ETA {duration(time_left)}")  # fmt: skip
+        self.show(f"step {run.step + 1}/{run.cfg.steps}: {n_done} of {share} images, "
+                  f"{seconds_an_image:.2f} s an image, ETA {duration(time_left)}")  # fmt: skip
 
     def add(self, stats, lr):
         """Note a step."""
@@ -1074,11 +1166,11 @@ class StopSignal:
     def on_signal(self, number, frame):
         if self.received is None:
             self.received = number
-        # A second Ctrl-C stops at once, but not under a launcher: it repeats the signal that the terminal sent to all.
+        # A second Ctrl-C stops at once, but not under torchrun, which sends on what the terminal has sent to all.
         if ranks()[1] == 1:
             signal.signal(number, self.usual_handlers[number])
 
-    def look(self):
+    def sync(self):
         n_received = all_sum(torch.tensor(float(self.received is not None)))
         self.requested = n_received.item() > 0
 
@@ -1100,15 +1192,15 @@ def parse_args(argv=None):
     flag("--data", help="folder with a subfolder of images for each class, or a cache; default: the embedded digits")
     flag("--vae", help="train on the latents of this VAE, a diffusers model or folder; made once, in OUT/latents-*")
     flag("--image-size", type=positive, help="pixels; default 24 for tiny and small, 256 with --vae, else 32")
-    flag("--batch", type=positive, help="images a step, of all processes; default 16 for tiny and small, 512 for 4.2B, else 256")
-    flag("--micro-batch", type=positive, help="images at a time within a step; default up to 32, as many as fit in memory")
+    flag("--batch", type=positive, help="images a step of all processes; default 16 for tiny, small; 512 for 4.2B; 256")
+    flag("--micro-batch", type=positive, help="images at a time within a step; default up to 32, as many as fit")
     flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, {PAPER.steps:,} up to 600M, "
          f"at 4.2B {PAPER_LARGE.steps:,} ({PAPER_LARGE_512.steps:,} at 512 pixels)")
     flag("--lr", type=float, help="default 4e-3 for tiny and small, else 1e-4")
-    flag("--decay", type=float, help="weight decay of the blocks' matrices; default 0.3 for tiny and small, else 0; above "
-         "these sizes for the first half of the steps")
-    flag("--qk-norm", action=argparse.BooleanOptionalAction, help="LayerNorm on queries and keys, which makes bf16 stable; "
-         "default on for S and larger, if trained from scratch")
+    flag("--decay", type=float, help="weight decay of the blocks' matrices; default 0.3 for tiny and small, else 0; "
+         "above these sizes it ends with the first half of the steps")
+    flag("--qk-norm", action=argparse.BooleanOptionalAction, help="LayerNorm on queries and keys, which makes bf16 "
+         "stable; default on for S and larger, if trained from scratch")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="run folder; default runs/SIZE")
     flag("--init", metavar="CKPT", help="start from a packed.pt, a state folder of your own or a released folder")
@@ -1147,9 +1239,11 @@ def make_config(flags):
     else:
         flags.size = flags.size or "tiny"
         base = Config(**SIZES[flags.size])
-    recipe = DEMO if base.prediction == "v" else PAPER  # tiny, small and what was trained like them predict v
+    recipe = recipe_of(base, flags.image_size)
     given = {name: value for name, value in vars(flags).items() if value is not None}
     cfg = replace(recipe, **given)
+    if cfg.qk_norm is None:
+        cfg.qk_norm = base.qk_norm if cfg.init or recipe is DEMO else True
     if cfg.dtype is None:
         cfg.dtype = "bf16" if bf16_is_fast(cfg.device) else "fp32"
     if cfg.out is None:
@@ -1173,17 +1267,33 @@ def make_config(flags):
         in_channels, input_size = 4, cfg.image_size // 8
     else:
         in_channels, input_size = base.in_channels, cfg.image_size
-    adaln_norm = base.adaln_norm and not cfg.no_adaln_norm
-    if cfg.full_precision and not cfg.init:
-        adaln_norm = False  # Large-DiT has none; what is fine-tuned keeps what it has
+    adaln_norm = not (cfg.no_adaln_norm or cfg.full_precision)  # Large-DiT has none
+    keeps_its_kind = base.ternary == (not cfg.full_precision)
+    if cfg.init and keeps_its_kind:
+        adaln_norm = base.adaln_norm and not cfg.no_adaln_norm
     # A size that does not split into patches is refused here, before images are read.
-    model_config = replace(base, ternary=not cfg.full_precision, adaln_norm=adaln_norm, in_channels=in_channels,
-                           input_size=input_size)  # fmt: skip
+    model_config = replace(base, ternary=not cfg.full_precision, adaln_norm=adaln_norm, qk_norm=cfg.qk_norm,
+                           in_channels=in_channels, input_size=input_size)  # fmt: skip
+    if cfg.init:
+        check_init(cfg.init, base, model_config)
     return cfg, model_config, init_state
 
 
+def check_init(init, base, model_config):
+    """Refuse, before any image is read, what the checkpoint of --init cannot become."""
+    if base.ternary and not model_config.ternary:
+        raise ValueError(f"--init {init} is ternary: it cannot be trained on with --full-precision")
+    if base.adaln_norm and not model_config.adaln_norm:
+        raise ValueError(f"--init {init} has an RMS Norm after adaLN: it cannot be trained on with --no-adaln-norm")
+    if base.qk_norm != model_config.qk_norm:
+        raise ValueError(f"--init {init} was trained with qk_norm={base.qk_norm}: leave out --qk-norm and --no-qk-norm")
+    if base.pos_embed and base.input_size != model_config.input_size:
+        raise ValueError(f"--init {init} has learned positions for images of {base.input_size}x{base.input_size}: "
+                         f"--image-size must be the same, not {model_config.input_size}")  # fmt: skip
+
+
 def setup(flags):
-    """Everything before the first step -> Run, at the step of the state it goes on from."""
+    """Everything before the first step -> Run, filled from the newest state if there is one."""
     cfg, model_config, init_state = make_config(flags)
     rank, world = ranks()
     if cfg.batch % world:
@@ -1195,22 +1305,24 @@ def setup(flags):
         for unfinished in cfg.out.glob("state-*.tmp"):
             shutil.rmtree(unfinished)
     barrier()
+    if cfg.micro_batch is None and not cfg.fresh:
+        cfg.micro_batch = saved_micro_batch(cfg.out)  # another one would round otherwise
+    cfg.micro_batch = choose_micro_batch(model_config, cfg, world)
     torch.manual_seed(cfg.seed)
 
     data = load_data(cfg)
     header = data.images.header
     class_names = header["class_names"]
-    if cfg.init and model_config.class_names != class_names:
-        init_state = {name: value for name, value in init_state.items() if not name.startswith("y_embedder.")}
-        print(f"new label table: {cfg.init} has {model_config.num_classes} classes, here are {len(class_names)}")
+    init_fingerprint = None
+    if cfg.init:
+        init_fingerprint = fingerprint(init_state)
+        init_state = match_labels(init_state, cfg.init, model_config.class_names, class_names)
     model_config = replace(model_config, in_channels=data.images.shape[0], input_size=data.images.shape[1],
                            num_classes=len(class_names), class_names=class_names, vae=header.get("vae"),
                            latent_scale=header.get("latent_scale", model_config.latent_scale))  # fmt: skip
     with torch.device("cpu" if rank == 0 else "meta"):
         model = build_model(model_config, init_state, cfg.init)
     n_params = sum(p.numel() for p in model.parameters())
-    if cfg.micro_batch is None:
-        cfg.micro_batch = 32 if n_params > 200e6 else cfg.batch
     if cfg.grid is None:
         no_grid = model_config.vae or (cfg.device == "cpu" and n_params > 50e6)
         cfg.grid = 0 if no_grid else min(40, 4 * model_config.num_classes)
@@ -1227,7 +1339,7 @@ def setup(flags):
     decode = None
     if model_config.vae and cfg.grid:
         decode = load_decoder(model_config.vae, model_config.latent_scale, cfg.device)
-    run = Run(cfg, data, model, ema, make_optimizer(model, cfg), decode)
+    run = Run(cfg, data, model, ema, make_optimizer(model, cfg), decode, init_fingerprint)
     resume(run)
     print(f"{n_params / 1e6:.2f}M parameters{' in full precision' if cfg.full_precision else ''}, "
           f"{(data.images.labels >= 0).sum()} images of {cfg.image_size}x{cfg.image_size}, "
@@ -1243,7 +1355,7 @@ def resume(run):
         step = torch.zeros((), device=p.device)
         zeros = torch.zeros_like(p.detach())
         run.optimizer.state[p] = dict(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
-    if run.cfg.fresh:  # only now, when all that could be wrong with this command has been looked at
+    if run.cfg.fresh:  # only now, after all checks: a wrong command must not delete states
         if ranks()[0] == 0:
             for old in states(run.cfg.out):
                 remove_state(old)
@@ -1276,8 +1388,9 @@ def export(run):
 
 
 def main(argv=None):
-    # Odd but readable images; complex numbers, which --compile leaves as they are; one process, which is fine.
-    warnings.filterwarnings("ignore", module=r"PIL|torch\.(_inductor|distributed)")
+    warnings.filterwarnings("ignore", module="PIL")  # odd images that can be read
+    warnings.filterwarnings("ignore", module=r"torch\._inductor")  # rotate's complex numbers, which it does not compile
+    warnings.filterwarnings("ignore", module=r"torch\.distributed")  # checkpoints of a single process
     flags = parse_args(argv)
     init_distributed(flags.device)
     rank, world = ranks()
@@ -1287,7 +1400,7 @@ def main(argv=None):
     stop = StopSignal()
 
     while run.step < cfg.steps and not stop.requested:
-        stop.look()  # before the step, so that all processes end after the same one
+        stop.sync()  # before the step, so that all processes end after the same one
         batch = run.next_batch()  # a function of (seed, step)
         lr = set_learning_rate(run.optimizer, cfg, run.step)
         stats = train_step(run, batch, log.show_part)
