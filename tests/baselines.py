@@ -8,7 +8,8 @@
     model = load_dit("DiT-XL-2-256x256.pt")
     small = quantize_model(load_model("full.pt"), "2-bit groups of 64")
 
-Letters in the shape comments: N batch, C channels, H W height and width, T tokens, D width; of a weight, (N, K).
+Letters in the shape comments are terdit's: B images in a batch, C channels, H and W height and width, T tokens, D the
+model's width. A weight is (N, K).
 """
 
 import copy
@@ -74,10 +75,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(cfg.dim, cfg.dim)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (N, T, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, head_dim) each
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, head_dim) each
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(-2))  # (N, T, D)
+        return self.proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
 
 
 class Block(nn.Module):
@@ -92,9 +93,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(approximate="tanh"), fc2=fc2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
 
-    def forward(self, x, c, modulation=None):
-        if modulation is None:
-            modulation = self.adaLN_modulation(c)  # (N, 6 * D)
+    def forward(self, x, c):
+        modulation = self.adaLN_modulation(c)  # (B, 6 * D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm(x), shift_msa, scale_msa))
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
@@ -136,27 +136,20 @@ class DiTXL(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def condition(self, t, y):
-        """As terdit.DiT.condition, whose result forward takes in place of t and y."""
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        return c, [block.adaLN_modulation(c) for block in self.blocks]
-
-    def forward(self, x, t, y, condition=None):
-        """As terdit.DiT.forward: x (N, C, H, W), t (N,) in 0..999, y (N,) -> (N, 2C, H, W), or C if not learn_sigma.
+    def forward(self, x, t, y):
+        """As terdit.DiT.forward: x (B, C, H, W), t (B,) in 0..999, y (B,) -> (B, 2C, H, W), or C if not learn_sigma.
 
         The positions are a fixed table, so x of another size is a ValueError.
         """
         channels = self.config.in_channels
         size = self.config.input_size
         if x.shape[1:] != (channels, size, size):
-            raise ValueError(f"x is {tuple(x.shape)}, expected (N, {channels}, {size}, {size})")
-        patches = self.x_embedder(x.to(self.pos_embed.dtype))  # (N, D, H / p, W / p)
-        h = patches.flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, D)
-        if condition is None:
-            condition = self.condition(t, y)
-        c, modulations = condition
-        for block, modulation in zip(self.blocks, modulations):
-            h = block(h, c, modulation)
+            raise ValueError(f"x is {tuple(x.shape)}, expected (B, {channels}, {size}, {size})")
+        patches = self.x_embedder(x.to(self.pos_embed.dtype))  # (B, D, H / p, W / p)
+        h = patches.flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            h = block(h, c)
         return self.unpatchify(self.final_layer(h, c), size)
 
 

@@ -13,7 +13,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -73,8 +72,8 @@ def cache_rates(images, batch=256):
     """-> samples/s of reading rows alone, and of draw_batch, which adds noise, timesteps and labels."""
     n = len(images.labels)
     rng = torch.Generator().manual_seed(0)
-    data = (images, True, torch.arange(n), None)
-    recipe = SimpleNamespace(batch=batch, seed=0)
+    data = train.Data(images, mirror=True, train_index=torch.arange(n), held_out=None)
+    cfg = train.TrainConfig(batch=batch)
     diffusion = GaussianDiffusion()
 
     def read(step):
@@ -83,7 +82,7 @@ def cache_rates(images, batch=256):
         return images[index, flip]
 
     def draw(step):
-        return train.draw_batch(data, Config(), recipe, diffusion, step)
+        return train.draw_batch(data, Config(), cfg, diffusion, step)
 
     return samples_per_second(read, batch), samples_per_second(draw, batch)
 

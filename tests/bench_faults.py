@@ -71,10 +71,7 @@ class Faults:
     def end(self, name):
         state = train.states(self.folder / name)[-1]
         step = json.loads((state / "run.json").read_text())["step"]
-        index = train.dcp.FileSystemReader(state).read_metadata().state_dict_metadata
-        tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in index.items()}
-        train.load_tensors(state, tensors)
-        return End(step, tensors, (self.folder / name / "packed.pt").read_bytes())
+        return End(step, train.read_state(state), (self.folder / name / "packed.pt").read_bytes())
 
     def run(self, seed):
         """Kill a run and start it again, until it is done -> how often that was, and whether the end is identical."""

@@ -2,7 +2,7 @@
 
     python tests/bench_kernel.py             a table, on the GPU if there is one, else on the CPU
 
-    ours       packed_linear: kernel.cu on a GPU; on a CPU, blocks of the weight that are unpacked in its cache
+    ours       packed_linear: kernel.cu on a GPU; on a CPU, blocks of the weight that are dequantized in its cache
     dense      F.linear with bf16 weights: cuBLAS or oneDNN
     plain      unpack the weight to bf16 in memory, then F.linear
     upstream   TerDiT's released code's way: unpack to fp32, times alpha, F.linear in fp32

@@ -97,7 +97,7 @@ def step_seconds(model, device):
 def run_seconds(model, device, steps):
     """Seconds of sampling one image."""
     start = time.perf_counter()
-    sample_latents(model, [(0, 207)], 0, 4.0, steps, "ddpm")
+    sample_latents(model, y=[207], index=[0], cfg_scale=4.0, steps=steps)
     synchronize(device)
     return time.perf_counter() - start
 

@@ -5,7 +5,7 @@
 The judge is a small CNN, trained here on freshly drawn digits (8,000; 500 steps). The toy FID is the Frechet distance
 between 1,000 samples and 5,000 fresh digits, in the space of the judge's 64 features before its last ReLU. It is not
 the FID of papers, but a number of the same kind: 0 is perfect, and the line "real against real" shows what a sample of
-this size gives at best. sample.py's own code and defaults draw the samples of each checkpoint.
+this size gives at best. sample.py's own code draws the samples of each checkpoint, by its own defaults.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import sample_images  # noqa: E402
+from sample import STEPS, sample_images  # noqa: E402
 from terdit import load_model  # noqa: E402
 from train import digits  # noqa: E402
 
@@ -114,17 +114,15 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-seed", type=int, default=0,
                         help="the training's seed, which gives the images among which the nearest is looked for")
-    parser.add_argument("--cfg", type=float)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--sampler", choices=["ddpm", "ddim"])
+    parser.add_argument("--cfg", type=float, default=1.5, help="guidance scale")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
     parser.add_argument("--json", help="also write the figures here")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    settings = {name: getattr(args, name) for name in ("cfg", "steps", "sampler")}
-    settings = {name: value for name, value in settings.items() if value is not None}
     results = []
     exams = {}
     for path in args.ckpt:
@@ -137,14 +135,14 @@ def main():
                   f"FID {real['fid']:.2f} (real against real)")
             results.append(dict(ckpt="real", n=args.n, **real))
         y = torch.arange(args.n) % model.config.num_classes
-        x = sample_images(model, y, args.seed, **settings)
+        x = sample_images(model, y, args.seed, args.cfg, args.steps, args.sampler)
         quality = exams[size].quality(x, y)
         training_images, _ = digits(12000, size, args.data_seed)
         held_out, _ = digits(500, size, 4000)
         near = nearest(x[:500], training_images)
         near_real = nearest(held_out, training_images)
         results.append(dict(ckpt=path, n=args.n, seed=args.seed, **quality, nearest=near, nearest_real=near_real,
-                            **settings))
+                            cfg=args.cfg, steps=args.steps, sampler=args.sampler))
         print(f"{path}: n={args.n}, seed {args.seed}, accuracy {quality['accuracy']:.2%}, FID {quality['fid']:.2f}, "
               f"nearest training image {near:.2f} (held-out digits: {near_real:.2f})")
     if args.json:

@@ -22,9 +22,9 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,14 +33,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sample import STEPS, Progress, load_decoder, pick_classes, positive, run, sample_images, to_uint8  # noqa: E402
+from sample import PAPER_STEPS, STEPS, Progress, load_decoder, pick_classes, positive  # noqa: E402
+from sample import run_main, sample_images, to_uint8  # noqa: E402
 from terdit import SIZES, Config, GaussianDiffusion, atomic_write, load_model, read_checkpoint  # noqa: E402
 from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, load_dit, quantize_model  # noqa: E402
 from tests.bench_model import in_its_own_process  # noqa: E402
 from tests.bench_quality import Exam  # noqa: E402
 from train import DEMO, bf16_is_fast, build_model, draw_batch, load_data, make_optimizer, states  # noqa: E402
 
-STEPS_OF = {"tiny": DEMO["steps"], "small": 1500}  # a step of small takes more than twice as long
+STEPS_OF = {"tiny": DEMO.steps, "small": 1500}  # a step of small takes more than twice as long
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models and their samples
@@ -79,7 +80,7 @@ def check_recipe(folder, size, seed):
     if not saved:
         return
     metadata = json.loads((saved[-1] / "run.json").read_text())
-    for field, wanted in dict(steps=STEPS_OF[size], seed=seed, decay=DEMO["decay"]).items():
+    for field, wanted in dict(steps=STEPS_OF[size], seed=seed, decay=DEMO.decay).items():
         found = metadata.get(field)
         if found != wanted:
             raise ValueError(f"{folder} was trained with {field}={found}, not {wanted}: move it away")
@@ -319,7 +320,7 @@ def sample_twice(path, args):
     if config.vae:  # a model of latents
         decode = load_decoder(config.vae, config.latent_scale, device)
         cfg = 4.0
-        steps = 250
+        steps = PAPER_STEPS
     if args.cfg is not None:
         cfg = args.cfg
     if args.steps is not None:
@@ -441,27 +442,27 @@ class Recorder:
             self.outputs[kind][i] = Magnitude(out.square().mean().sqrt().item(), out.abs().max().item())
 
 
-def activations(variant, marks, data, recipe):
+def activations(variant, marks, data, cfg):
     """Train a tiny model for max(marks) steps -> a dict for each mark.
 
     It holds the magnitudes by block of the adaLN's outputs and of the residual stream, on that step's batch, and the
     loss and the gradient norm. The training stops early if the gradient is not finite.
     """
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(cfg.seed)
     config = Config(**SIZES["tiny"] | variant.fields)
-    model = build_model(recipe, config)
+    model = build_model(config)
     for layer in model.layers:
         if variant.alpha is not None:
             layer.adaLN_modulation[1].alphas.data.fill_(variant.alpha)
         if variant.gain is not None:
             layer.adaLN_modulation[2].weight.data.fill_(variant.gain)
     diffusion = GaussianDiffusion(prediction=config.prediction)
-    optimizer = make_optimizer(model, DEMO["lr"], DEMO["betas"], DEMO["decay"])
+    optimizer = make_optimizer(model, cfg)
     recorder = Recorder(model)
     looks = []
     for step in range(max(marks) + 1):
         recorder.on = step in marks
-        batch = draw_batch(data, config, recipe, diffusion, step)
+        batch = draw_batch(data, config, cfg, diffusion, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast("cpu")):
             loss = diffusion.training_losses(model, *batch)["loss"].mean()
         loss.backward()
@@ -472,7 +473,7 @@ def activations(variant, marks, data, recipe):
         if not np.isfinite(grad_norm):
             break
         for group in optimizer.param_groups:
-            group["lr"] = DEMO["lr"] * group["scale"] * min(1, (step + 1) / DEMO["warmup"])
+            group["lr"] = cfg.lr * group["lr_scale"] * min(1, (step + 1) / cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
     return looks
@@ -501,9 +502,9 @@ def lines_over_blocks(found, kind):
 
 
 def fig4(args):
-    recipe = SimpleNamespace(data=None, image_size=DEMO["image_size"], batch=DEMO["batch"], seed=args.seeds[0])
-    data = load_data(recipe)
-    found = {name: activations(variant, MARKS, data, recipe) for name, variant in VARIANTS.items()}
+    cfg = replace(DEMO, seed=args.seeds[0])
+    data = load_data(cfg)
+    found = {name: activations(variant, MARKS, data, cfg) for name, variant in VARIANTS.items()}
     rows = []
     for name, looks in found.items():
         for look in (looks[0], looks[len(looks) // 2], looks[-1]):
@@ -534,7 +535,7 @@ def table1(args):
     results = []
     for seed in args.seeds:
         for size in ("tiny", "small"):
-            images = DEMO["batch"] * STEPS_OF[size]
+            images = DEMO.batch * STEPS_OF[size]
             for kind, path in zip(("full precision", "ternary"), trained(size, seed)):
                 for cfg in (1.0, 1.5):
                     _, found = quality_of(path, args.n, seed, cfg)
@@ -664,7 +665,8 @@ def draw_strip(grids, width=560, height=230):
         images.append(image)
     title_height = 34
     gap = 10
-    page = Image.new("RGB", (width, sum(title_height + image.height + gap for image in images)), "white")
+    page_width = max(280, *[image.width for image in images])  # 280 holds a title
+    page = Image.new("RGB", (page_width, sum(title_height + image.height + gap for image in images)), "white")
     draw = ImageDraw.Draw(page)
     top = 0
     for (title, _), image in zip(grids, images):
@@ -709,7 +711,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("part", choices=[*FIGURES, "all", "compare", "run"])
     p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="compare: two checkpoints; run: a run's folder")
-    p.add_argument("--out", type=Path, help="folder to write to; default runs/paper, of run the run's own folder")
+    p.add_argument("--out", type=Path, help="folder to write to, default runs/paper; run: the PNG, default DIR/run.png")
     p.add_argument("--n", type=positive, default=300, help="samples a row of fig2 and table1")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="fig2, table1: of training and sampling")
     p.add_argument("--classes", nargs="+", help="compare: names or indices")
@@ -721,7 +723,7 @@ def main():
         p.error("compare takes two checkpoints, run takes one folder, nothing else takes any")
     if args.part == "run":
         folder = args.paths[0]
-        plot_run(folder, (args.out or folder) / "run.png")
+        plot_run(folder, args.out or folder / "run.png")
         return
     args.out = args.out or Path("runs/paper")
     start = time.time()
@@ -734,4 +736,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -14,8 +14,8 @@ from sample import sample_images
 from terdit import Config, DiT, TernaryLinear
 from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, DiTConfig, DiTXL, load_dit, quantize_model, sincos_positions
 from tests.baselines import reconstruct, round_to_nearest, ternary_absmean, ternary_least_squares
+from tests.helpers import SMALL, awake
 from tests.test_checkpoint import Evil
-from tests.test_ternary import SMALL, awake
 
 TINY = dict(input_size=6, patch_size=2, in_channels=4, dim=24, n_layers=2, n_heads=3, mlp_dim=60, num_classes=5)
 
@@ -219,7 +219,7 @@ def test_guidance(channels):
 
 
 def test_size_is_checked():
-    with pytest.raises(ValueError, match=r"\(2, 4, 4, 9\), expected \(N, 4, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 4, 9\), expected \(B, 4, 6, 6\)"):
         random_dit()(torch.randn(2, 4, 4, 9), torch.zeros(2), torch.zeros(2, dtype=torch.long))
 
 
@@ -284,8 +284,8 @@ def test_sample_py_runs_a_dit():
     state = random_dit(in_channels=3).state_dict()
     assert load_dit(state, n_heads=3).config.vae  # DiT's files are of latents, which must not be clipped like pixels
     model = load_dit(state, n_heads=3, vae=None)
-    unguided = sample_images(model, [0, 4], cfg=1, steps=2)
-    guided = sample_images(model, [0, 4], cfg=4.0, steps=2)
+    unguided = sample_images(model, [0, 4], cfg_scale=1, steps=2)
+    guided = sample_images(model, [0, 4], cfg_scale=4.0, steps=2)
     assert unguided.shape == (2, 3, 6, 6) and unguided.isfinite().all()
     assert not torch.equal(unguided, guided)
 

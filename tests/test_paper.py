@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,9 @@ from tests import paper
 from tests.baselines import DiTConfig, DiTXL
 from tests.bench_model import in_its_own_process, step_seconds
 from tests.conftest import ROOT
+from tests.helpers import SMALL
 from tests.test_baselines import TINY as DIT
-from tests.test_cli import SMALL
-from train import DEMO, Images, digits
+from train import DEMO, Data, Images, digits
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_what_is_no_run_of_the_recipe_is_refused(tmp_path, monkeypatch):
     paths = [Path("runs/demo-full/full.pt"), Path("runs/demo/packed.pt")]
     for path in paths:
         path.touch()
-    metadata = dict(steps=4500, seed=0, decay=DEMO["decay"])
+    metadata = dict(steps=4500, seed=0, decay=DEMO.decay)
     for field, other in dict(steps=10, seed=1, decay=0.0).items():
         (state / "run.json").write_text(json.dumps(metadata | {field: other}))
         message = f"demo was trained with {field}={other}, not {metadata[field]}: move it away"
@@ -260,10 +261,10 @@ def test_picture_of_a_run(tmp_path):
 
 def test_activations_show_what_the_norm_does():
     x, y = digits(64)
-    recipe = SimpleNamespace(batch=4, seed=0)
     images = Images(((x + 1) * 127.5).byte()[:, None].numpy(), y.numpy(), {})
-    data = images, False, torch.arange(64), None
-    found = {name: paper.activations(variant, [0, 2], data, recipe) for name, variant in paper.VARIANTS.items()}
+    data = Data(images, mirror=False, train_index=torch.arange(64), held_out=None)
+    cfg = replace(DEMO, batch=4)
+    found = {name: paper.activations(variant, [0, 2], data, cfg) for name, variant in paper.VARIANTS.items()}
     for name, (first, last) in found.items():
         assert (first["step"], last["step"]) == (0, 2) and len(first["adaln"]) == len(first["residual"]) == 4
         assert last["adaln"] != first["adaln"], name
