@@ -43,8 +43,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import STEPS, Progress, check_common, generator, load_decoder, load_vae, positive, run_main, sample_images
-from sample import save_grid
+from sample import STEPS, Progress, check_common, generator, load_decoder, load_vae, peak_memory, positive, run_main
+from sample import sample_images, save_grid
 from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, pack_model, save_checkpoint, unpack_ternary
 
@@ -1427,6 +1427,7 @@ def main(argv=None):
     path = export(run)
     if rank == 0:
         fp32_mb = 4 * sum(p.numel() for p in run.model.parameters()) / 1e6
+        print(f"peak memory {peak_memory(cfg.device) / 1e9:.1f} GB")
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {fp32_mb:.2f} MB")
         if cfg.grid:
             draw_grid(run, load_model(path, cfg.device), cfg.out / "grid.png")  # the picture comes from the file
