@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -951,7 +952,9 @@ def packed_linear(x, weight, alphas, bias):
         bias = bias.to(x.dtype)
     if path == "kernel":
         try:
-            y = launch_kernel(cuda_kernel(x.device), rows, weight, alphas, bias, *forced_kernel())
+            library = cuda_kernel(x.device)
+            kernel, tokens = choose_kernel(library, rows, weight)
+            y = launch_kernel(library, rows, weight, alphas, bias, kernel, tokens)
         except KernelError as e:
             announce_once(f"{e}: packed layers {SLOWLY}")
             path = "plain"
@@ -967,9 +970,19 @@ def packed_linear(x, weight, alphas, bias):
 KERNELS = ("auto", "naive", "small_batch", "mma", "wgmma")  # in the order of kernel.cu's enum
 REFUSED = -1  # kernel.cu's code for arguments that no kernel takes
 
+# Small cases for trusted_kernels: (tokens of the tile, M, N, K), with a remainder of M, N and K where the kernel may
+# get one. All tiles are here but 256 x 64 of wgmma, which is chosen for large layers alone.
+CHECKS = {
+    "naive": [(0, 3, 20, 7)],
+    "small_batch": [(0, 3, 64, 592), (0, 13, 64, 592)],
+    "mma": [(32, 33, 160, 400), (64, 40, 160, 400), (128, 100, 160, 400)],
+    "wgmma": [(48, 50, 160, 656), (64, 40, 160, 656), (96, 90, 160, 656), (128, 120, 160, 656)],
+}
+STALE_SECONDS = 120  # a build takes less
+
 
 class KernelError(RuntimeError):
-    """A launch that CUDA refuses."""
+    """A launch that CUDA refuses, a wrong result, or no kernel to launch."""
 
 
 def forced_kernel():
@@ -978,6 +991,18 @@ def forced_kernel():
     if name not in (*KERNELS, "off") or not (tokens or "0").isdigit():
         raise ValueError(f"TERDIT_KERNEL={name!r}, expected off, {', '.join(KERNELS)}, perhaps with :TOKENS")
     return name, int(tokens or 0)
+
+
+def wait_for_build(lock):
+    """Wait while another process builds. load() would wait for ever where a build was killed and left its lock."""
+    while True:
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if age > STALE_SECONDS:
+            raise RuntimeError(f"delete {lock} and start again: a build that was killed seems to have left it")
+        time.sleep(0.1)
 
 
 @lru_cache(maxsize=None)
@@ -995,14 +1020,90 @@ def cuda_kernel(device):
         arch = f"{major}{minor}"
         if major == 9:
             arch += "a"  # wgmma exists in sm_90a alone, which torch's own flags leave out
+        name = f"terdit_sm_{arch}"
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/terdit")
+        folder = os.path.join(root, f"{name}_torch_{torch.__version__}")
+        os.makedirs(folder, exist_ok=True)
+        wait_for_build(Path(folder, "lock"))
         warnings.warn(f"building kernel.cu for sm_{arch}: once, some seconds", stacklevel=2)
         flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
         source = Path(__file__).with_name("kernel.cu")
-        library = load(f"terdit_sm_{arch}", [str(source)], extra_cuda_cflags=flags, is_python_module=False)
+        library = load(name, [str(source)], extra_cuda_cflags=flags, build_directory=folder, is_python_module=False)
         return ctypes.CDLL(library)
-    except Exception as e:  # no nvcc, no compiler, no ninja, a driver that is too old, an edit that does not compile
+    except Exception as e:  # no nvcc, no ninja, a stale lock, a driver that is too old, an edit that does not compile
         announce_once(f"kernel.cu is not used ({first_line(e)}): packed layers {SLOWLY}")
         return None
+
+
+def check_kernel(library, device, kernel, tokens, M, N, K):
+    """Raise KernelError if this kernel and packed_linear_plain (in fp32, on the CPU) differ in a small case.
+
+    The inputs are small integers and alpha is a power of two. So all sums are exact, and the results must be equal.
+    """
+    random = torch.Generator("cpu").manual_seed(0)  # of its own: the user's random numbers stay as they are
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high + 1, shape, generator=random, device="cpu").float()
+
+    x = integers(-2, 2, M, K)
+    weight = pack_ternary(integers(-1, 1, N, K))
+    alphas = torch.tensor([0.5], dtype=torch.float32, device="cpu")
+    bias = integers(-8, 8, N)
+    plain = packed_linear_plain(x, weight, alphas, None)
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = [x.to(device, dtype), weight.to(device), alphas.to(device)]
+        for b, want in ((None, plain), (bias.to(device, dtype), plain + bias)):
+            # The allocator hands this memory out again, so an output that the kernel does not write is NaN.
+            torch.full((M, N), float("nan"), dtype=dtype, device=device)
+            got = launch_kernel(library, *inputs, b, kernel, tokens).cpu()
+            if not torch.equal(got, want.to(dtype)):
+                error = (got - want).abs().max().item()
+                raise KernelError(f"{dtype}: the largest error is {error:g}")
+
+
+@lru_cache(maxsize=None)
+def trusted_kernels(library, device):
+    """The names in KERNELS that may be used on this device; a warning says what each other kernel gets wrong.
+
+    A kernel that never ran on such a GPU must not be believed, nor one that was edited. So this runs once in a process
+    for each device, before the first packed layer. It should take less than 50 ms, but no one has measured it on a GPU.
+    What it cannot notice: a kernel that never ends, or that is wrong only at times or in other sizes.
+    """
+    trusted = set(KERNELS)
+    for kernel, cases in CHECKS.items():
+        try:
+            for case in cases:
+                check_kernel(library, device, kernel, *case)
+        except Exception as e:  # a wrong result, a refused launch, an illegal address
+            trusted.remove(kernel)
+            if kernel == "wgmma" and isinstance(e, ValueError):
+                continue  # kernel.cu refuses it on all GPUs but sm_90, and never chooses it there
+            trusted.discard("auto")  # kernel.cu might choose the wrong kernel
+            what = f"kernel.cu's {kernel} with (tokens, M, N, K) = {case} fails its check on {device}"
+            announce_once(f"{what} ({first_line(e)}): it is not used, unless TERDIT_KERNEL names it")
+    return trusted
+
+
+def choose_kernel(library, x, weight):
+    """What launch_kernel is to run on x (M, K) and weight (N/4, K) -> kernel, tokens.
+
+    It is what TERDIT_KERNEL names, or "auto", which is kernel.cu's own choice. Where that may be a wrong kernel, it is
+    the first trusted one in the order of kernel.cu's choose_kernel.
+    """
+    kernel, tokens = forced_kernel()
+    trusted = trusted_kernels(library, x.device)  # even if a kernel is forced: the user must hear that it is wrong
+    if kernel != "auto" or "auto" in trusted:
+        return kernel, tokens
+    M, K = x.shape
+    order = ["wgmma", "mma"]
+    if (4 * len(weight)) % 32 or K % 16:
+        order = ["naive"]
+    elif M <= 16:
+        order = ["small_batch", "wgmma", "mma"]
+    for name in order:
+        if name in trusted:
+            return name, tokens
+    raise KernelError("kernel.cu: no kernel that passed its check takes this layer")
 
 
 def as_kernel_input(z):

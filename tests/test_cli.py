@@ -223,5 +223,5 @@ def test_train_tells_in_one_line_that_out_is_a_file(tmp_path):
 def test_a_latent_checkpoint_names_the_package_that_is_missing(tmp_path, capsys):
     with pytest.raises(ValueError, match="pip install diffusers"):
         sample.main(["--ckpt", str(RELEASED["terdit"]), "--n-heads", "4", "--out", str(tmp_path / "x.png")])
-    assert "orders as strings" in capsys.readouterr().out
+    assert "class names are ImageNet's indices (0 is row 0)" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []

@@ -25,7 +25,7 @@ train_step = train.train_step
 def few_digits(n, size, seed):
     return digits(100, size, seed)
 
-def train_step_that_prints(run, batch):
+def train_step_that_prints(run, batch, show_part=None):
     stats = train_step(run, batch)
     print("loss", stats.loss)
     return stats

@@ -1,10 +1,13 @@
 """kernel.cu without a GPU (its own source, run on the CPU), its compilation by nvcc, and the paths of packed layers."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from functools import lru_cache
 
@@ -154,13 +157,18 @@ def is_wrong(library, kernel, tokens, M, N, K):
     return not torch.equal(got.double(), want)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_emulation_finds(emulation, tmp_path, monkeypatch, mistake):
-    right, wrong, name = MISTAKES[mistake]
+def compile_mistake(mistake, folder):
+    right, wrong, _ = MISTAKES[mistake]
     source = (ROOT / "kernel.cu").read_text()
     assert source.count(right) == 1
-    (tmp_path / "kernel.cu").write_text(source.replace(right, wrong))
-    library = compile_emulation(tmp_path / "kernel.cu", tmp_path)
+    (folder / "kernel.cu").write_text(source.replace(right, wrong))
+    return compile_emulation(folder / "kernel.cu", folder)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_emulation_finds(emulation, tmp_path, monkeypatch, mistake):
+    library = compile_mistake(mistake, tmp_path)
+    _, _, name = MISTAKES[mistake]
     found = False
     for mode in ("", "copies", "math"):
         monkeypatch.setenv("EMULATION", mode)
@@ -359,14 +367,26 @@ LAYERS = [
 ]
 
 
+@pytest.fixture
+def use_library(monkeypatch):
+    """Packed layers take a library in the place of the GPU's, which is not checked yet."""
+
+    def use(library):
+        monkeypatch.setattr(terdit, "packed_path", lambda *a: "kernel")
+        monkeypatch.setattr(terdit, "cuda_kernel", lambda device: library)
+
+    terdit.trusted_kernels.cache_clear()
+    terdit.announce_once.cache_clear()
+    yield use
+    terdit.trusted_kernels.cache_clear()
+
+
 @pytest.mark.parametrize("N, K, remark", LAYERS)
-def test_through_the_layer(emulation, monkeypatch, N, K, remark):
+def test_through_the_layer(emulation, use_library, N, K, remark):
     """PackedTernaryLinear on the kernel's path, the emulation in the GPU's place; and what it says of odd sizes."""
-    monkeypatch.setattr(terdit, "packed_path", lambda *a: "kernel")
-    monkeypatch.setattr(terdit, "cuda_kernel", lambda device: emulation)
+    use_library(emulation)
     x, weight, alphas, bias, want = case(6, N, K, torch.bfloat16)
     layer = packed_layer(K, N, weight, alphas, bias)
-    terdit.announce_once.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert torch.equal(layer(x.view(2, 3, K)).double(), want.view(2, 3, N))
@@ -376,15 +396,123 @@ def test_through_the_layer(emulation, monkeypatch, N, K, remark):
         assert len(seen) == 1 and remark in str(seen[0].message)
 
 
-def test_failing_launch(monkeypatch):
-    """PackedTernaryLinear says so and goes on in plain PyTorch."""
-    monkeypatch.setattr(terdit, "packed_path", lambda *a: "kernel")
-    monkeypatch.setattr(terdit, "cuda_kernel", lambda device: FailingLibrary)
+@pytest.mark.parametrize(
+    "forced, reason",
+    [("auto", "no kernel that passed its check"), ("mma", "error 999 for M=6 N=64 K=48, kernel 'mma'")],
+)
+def test_failing_launch(use_library, monkeypatch, forced, reason):
+    """Every kernel fails its check. Where one is forced, it is launched all the same. Plain PyTorch has the result."""
+    use_library(FailingLibrary)
+    monkeypatch.setenv("TERDIT_KERNEL", forced)
     x, weight, alphas, bias, want = case(6, 64, 48, torch.bfloat16)
     layer = packed_layer(48, 64, weight, alphas, bias)
+    with pytest.warns(UserWarning) as seen:
+        for _ in range(2):
+            assert torch.equal(layer(x).double(), want)
+    *failed, last = [str(warning.message) for warning in seen]
+    assert len(failed) == 4
+    for kernel, message in zip(KERNELS[1:], failed):
+        assert f"kernel.cu's {kernel} with" in message and "error 999" in message
+    assert reason in last and "unpack in plain PyTorch" in last
+
+
+@pytest.mark.parametrize("capability, missing", [("8", {"wgmma"}), ("9", set())])
+def test_check_trusts(emulation, use_library, monkeypatch, capability, missing):
+    monkeypatch.setenv("EMULATION_CC", capability)
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trusted = terdit.trusted_kernels(emulation, torch.device("cpu"))
+    assert trusted == set(KERNELS) - missing
+    assert torch.equal(before, torch.get_rng_state())  # the user's random numbers stay as they are
+
+
+# mistake in kernel.cu, the kernels that fail their check, what layers run instead at 6 tokens and at 20
+DISTRUSTED = [
+    ("ignores the swizzle", ["wgmma"], "small_batch", "mma"),
+    ("quarters in another order", ["small_batch", "mma", "wgmma"], None, None),  # in dequantize, which they share
+]
+
+
+@pytest.mark.parametrize("mistake, wrong, at_6, at_20", DISTRUSTED)
+def test_check_distrusts(emulation, use_library, tmp_path, mistake, wrong, at_6, at_20):
+    """A wrong kernel is named with its case and error, and the layer's results are right without it."""
+    library = compile_mistake(mistake, tmp_path)
+    use_library(library)
+    with pytest.warns(UserWarning) as seen:
+        trusted = terdit.trusted_kernels(library, torch.device("cpu"))
+    assert trusted == set(KERNELS) - {"auto", *wrong}
+    assert len(seen) == len(wrong)
+    for kernel, warning in zip(wrong, seen):
+        message = rf"{kernel} with \(tokens, M, N, K\) = \(\d+, \d+, \d+, \d+\) fails .* the largest error is [1-9]"
+        assert re.search(message, str(warning.message))
+    for M, N, K, expected in ((6, 64, 48, at_6), (20, 64, 48, at_20), (6, 36, 40, "naive")):
+        x, weight, alphas, bias, want = case(M, N, K, torch.bfloat16)
+        layer = packed_layer(K, N, weight, alphas, bias)
+        if expected:
+            assert terdit.choose_kernel(library, x, weight) == (expected, 0)
+            assert torch.equal(layer(x).double(), want)
+        else:
+            terdit.announce_once.cache_clear()
+            with pytest.warns(UserWarning, match="no kernel that passed its check .*unpack in plain PyTorch"):
+                assert torch.equal(layer(x).double(), want)
+
+
+# M, trusted kernels, the one that a layer of 64x48 takes
+ORDER = [
+    (16, ["small_batch", "wgmma", "mma"], "small_batch"),
+    (16, ["wgmma", "mma"], "wgmma"),
+    (16, ["mma"], "mma"),
+    (17, ["small_batch", "mma"], "mma"),
+    (17, ["small_batch", "mma", "wgmma", "auto"], "auto"),
+]
+
+
+@pytest.mark.parametrize("M, trusted, expected", ORDER)
+def test_order_of_kernels(monkeypatch, M, trusted, expected):
+    monkeypatch.setattr(terdit, "trusted_kernels", lambda library, device: trusted)
+    x, weight, *_ = case(M, 64, 48, torch.bfloat16)
+    assert terdit.choose_kernel(None, x, weight) == (expected, 0)
+    if expected != "auto":
+        x, weight, *_ = case(M, 36, 40, torch.bfloat16)
+        with pytest.raises(terdit.KernelError, match="no kernel that passed"):  # naive is not trusted
+            terdit.choose_kernel(None, x, weight)
+
+
+@pytest.fixture
+def lock(emulation, monkeypatch, tmp_path):
+    """The lock of a build for sm_80, in which load takes the emulation for what it has built."""
+    folder = tmp_path / f"terdit_sm_80_torch_{torch.__version__}"
+
+    def load(name, sources, build_directory, **options):
+        assert build_directory == str(folder) and not (folder / "lock").exists()
+        return emulation._name
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder.mkdir()
+    lock = folder / "lock"
+    lock.touch()
+    return lock
+
+
+def test_stale_build_lock(lock):
+    """What a killed build left is named at once, and packed layers run in plain PyTorch."""
+    long_ago = time.time() - 121
+    os.utime(lock, (long_ago, long_ago))
     terdit.announce_once.cache_clear()
-    with pytest.warns(UserWarning, match="error 999 .*unpack in plain PyTorch"):
-        assert torch.equal(layer(x).double(), want)
+    start = time.time()
+    with pytest.warns(UserWarning, match=f"delete {re.escape(str(lock))} .*unpack in plain PyTorch"):
+        assert terdit.cuda_kernel.__wrapped__("cuda") is None
+    assert time.time() - start < 5
+
+
+def test_fresh_build_lock(lock):
+    """Another process builds, and ends."""
+    threading.Timer(0.3, lock.unlink).start()
+    with pytest.warns(UserWarning, match="building kernel.cu for sm_80"):
+        assert terdit.cuda_kernel.__wrapped__("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -586,8 +586,10 @@ def test_fine_tuning_to_other_classes_makes_a_new_label_table(source, tmp_path, 
     [
         (["--init", RELEASED["terdit"]], "works on 4 channels, latents of"),
         (["--init", "missing.pt"], "no such file"),
-        (["--init", "packed.pt", "--no-adaln-norm"], "adaLN_modulation.2.weight is .*, this model's none"),
-        (["--init", "packed.pt", "--image-size", "16"], "pos_embed is"),
+        (["--init", "packed.pt", "--no-adaln-norm"], "has an RMS Norm after adaLN"),
+        (["--init", "packed.pt", "--full-precision"], "is ternary: it cannot be trained on with --full-precision"),
+        (["--init", "packed.pt", "--qk-norm"], "was trained with qk_norm=False"),
+        (["--init", "packed.pt", "--image-size", "16"], "learned positions for images of 8x8"),
         (["--init", "packed.pt", "--size", "tiny"], "leave out --size"),
     ],
 )
