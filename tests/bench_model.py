@@ -3,7 +3,7 @@
     python tests/bench_model.py                          600M at 256x256, on a GPU also 512x512 and 4.2B
     python tests/bench_model.py --size 4.2B --modes packed
 
-    packed     ours: 2 bits a weight in memory
+    packed     ours: 2 bits a weight in memory, products in bf16
     dense      Large-DiT of the same size in bf16, which packed layers should not be slower than
     upstream   TerDiT's released code's way: packed in memory, unpacked to fp32 at every call, multiplied in fp32
 
@@ -54,8 +54,12 @@ def upstream_forward(module, x):
 
 
 def random_model(size, image_size, mode, device):
-    dtype = torch.float32 if mode == "upstream" else torch.bfloat16
-    model = empty_model(size, image_size, mode).to(dtype).to_empty(device=device)
+    model = empty_model(size, image_size, mode)
+    if mode == "packed":
+        model.set_product_dtype(torch.bfloat16)  # all else is in fp32, as load_model leaves it
+    elif mode == "dense":
+        model = model.to(torch.bfloat16)
+    model = model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
