@@ -663,7 +663,7 @@ def memory_needed(config, cfg, world):
     if world > 1:
         fixed += 3 * 4 * block_params  # whole in fp32: the block that computes, the next one, a block's gradients
     if not cfg.data:
-        fixed += N_DIGITS * 3 * cfg.image_size**2 * 5  # drawn in fp32, kept in uint8
+        fixed += N_DIGITS * 3 * cfg.image_size**2 * 4  # drawn in fp32, and freed again
     per_image = (kept_blocks + 1) * block_activations  # one more for what the backward pass of a block makes
     if cfg.checkpointing:
         per_image += config.n_layers * config.n_tokens * config.dim * 4  # what goes into each block

@@ -62,7 +62,8 @@ def main():
     parser.add_argument("--json", help="also write the figures here")
     args = parser.parse_args()
     results = []
-    print(f"{'size':<6}{'images':>7} {'dtype':<6}{'checkpointing':<14}{'formula GB':>11}{'measured GB':>12}{'ratio':>7}")
+    columns = f"{'size':<6}{'images':>7} {'dtype':<6}{'checkpointing':<14}"
+    print(f"{columns}{'formula GB':>11}{'measured GB':>12}{'ratio':>7}")
     for size in args.sizes:
         for checkpointing in (False, True):
             for dtype in ("bf16", "fp32"):
