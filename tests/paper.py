@@ -165,7 +165,7 @@ def sheet(rows, path, zoom=3):
     save_png(page, path)
 
 
-COLOURS = ["#222222", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00"]  # told apart by the colour-blind too
+COLOURS = ["#222222", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#999999"]  # Okabe and Ito's
 
 
 class Panel(NamedTuple):
@@ -408,6 +408,7 @@ class Variant(NamedTuple):
     fields: dict  # of Config
     alpha: float | None = None  # where the alphas of the adaLN projections start, if not at absmean
     gain: float | None = None  # where the gains of their norms start, if not at 0
+    upstream: bool = False  # upstream's start: every alpha drawn from N(0, 1), adaLN weights 0, gains 1
 
 
 VARIANTS = {
@@ -418,7 +419,21 @@ VARIANTS = {
     "ternary, RMS Norm with gain 1, alpha = 1": Variant({}, alpha=1.0, gain=1.0),
     "ternary, no norm, alpha = absmean": Variant(dict(adaln_norm=False)),
     "ternary, no norm, alpha = 1": Variant(dict(adaln_norm=False), alpha=1.0),
+    "upstream's start, RMS Norm": Variant({}, upstream=True),
+    "upstream's start, no norm": Variant(dict(adaln_norm=False), upstream=True),
 }
+
+
+def start_as_upstream(model):
+    """As its model code and its fork of fairscale have it. About half of the alphas are negative."""
+    rng = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if name.endswith("alphas"):
+            p.data.copy_(torch.randn(1, generator=rng))
+        elif name.endswith("adaLN_modulation.1.weight"):
+            p.data.zero_()
+        elif name.endswith("adaLN_modulation.2.weight"):
+            p.data.fill_(1.0)
 
 
 class Magnitude(NamedTuple):
@@ -451,6 +466,8 @@ def activations(variant, marks, data, cfg):
     torch.manual_seed(cfg.seed)
     config = Config(**SIZES["tiny"] | variant.fields)
     model = build_model(config)
+    if variant.upstream:
+        start_as_upstream(model)
     for layer in model.layers:
         if variant.alpha is not None:
             layer.adaLN_modulation[1].alphas.data.fill_(variant.alpha)
