@@ -836,34 +836,98 @@ extern "C" int ternary_linear(const void* X, const void* W, const void* alpha, c
 #endif  // not CPU
 
 // ---------------------------------------------------------------------------------------------------------------------
-// CPU: dequantize only
+// CPU: what stands around an int8 product
 //
-// terdit.py compiles this part with g++ -DCPU. It dequantizes a few MB of W at a time, which stay in the cache, and
-// lets PyTorch multiply. The arithmetic is that of dequantize above: invert, shift, mask.
+// terdit.py compiles this part with g++ -DCPU and calls it from int8_linear: quantize_rows, unpack, torch's integer
+// matmul, then scale_rows. Each replaces several passes of PyTorch over memory by one; g++ vectorizes the loops.
 
 #ifdef CPU
-// n bytes of W -> 4n numbers: the n weights of quarter 0 as -2, 0 and 2, then those of quarters 1, 2 and 3. Word is an
-// integer of the float's size.
-template <typename Word> void dequantize_to(const uint8_t* W, Word* out, long n) {
-  constexpr int TOP_BYTE = 8 * sizeof(Word) - 8;
-  constexpr Word TOP_2_BITS = (Word)3 << (TOP_BYTE + 6);
+#include <math.h>
+#include <string.h>
+
+inline float to_float(float value) { return value; }
+inline float to_float(uint16_t bf16) {  // the upper half of an fp32
+  const uint32_t bits = (uint32_t)bf16 << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint16_t to_bf16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits += 0x7FFF + ((bits >> 16) & 1);
+  return bits >> 16;
+}
+
+// One row of x -> its levels and its scale. Returns false if x is not finite.
+template <typename T> bool quantize_row(const T* x, int8_t* levels, float* scale, long K) {
+  constexpr uint32_t INFINITE = 0x7F800000;  // the bits of +inf; those of NaN are greater
+  // The greatest absolute value. As integers, the bits of positive floats are in the order of the floats, and those of
+  // NaN are the greatest. A comparison of floats would pass over NaN.
+  uint32_t greatest_bits = 0;
+  for (long k = 0; k < K; k++) {
+    const float value = to_float(x[k]);
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits &= 0x7FFFFFFF;
+    greatest_bits = bits > greatest_bits ? bits : greatest_bits;
+  }
+  if (greatest_bits >= INFINITE) return false;
+  float greatest;
+  memcpy(&greatest, &greatest_bits, 4);
+  greatest = greatest > 1e-30f ? greatest : 1e-30f;
+  const float inverse = 127 / greatest;
+  *scale = greatest / 127;
+  for (long k = 0; k < K; k++) levels[k] = (int8_t)(int)rintf(to_float(x[k]) * inverse);  // halves to even
+  return true;
+}
+
+// x (M, K) fp32 or bf16 -> levels (M, K) int8 and scales (M,), so that x is about levels * scale.
+// Returns 0 if x is not finite.
+extern "C" int quantize_rows(const void* x, int is_bf16, int8_t* levels, float* scales, long M, long K) {
+  int finite = 1;
+#pragma omp parallel for reduction(&& : finite) if (M * K > (1 << 14))
+  for (long m = 0; m < M; m++) {
+    bool row_is_finite;
+    if (is_bf16) {
+      row_is_finite = quantize_row((const uint16_t*)x + m * K, levels + m * K, scales + m, K);
+    } else {
+      row_is_finite = quantize_row((const float*)x + m * K, levels + m * K, scales + m, K);
+    }
+    finite = finite && row_is_finite;
+  }
+  return finite;
+}
+
+// n bytes of W -> 4n weights of -1, 0 and 1: those of quarter 0, then those of quarters 1, 2 and 3.
+extern "C" void unpack(const uint8_t* W, int8_t* codes, long n) {
 #pragma omp parallel for simd if (parallel : n > (1 << 14))
   for (long i = 0; i < n; i++) {
-    const uint8_t inverted = ~W[i];
-    const Word word = (Word)inverted << TOP_BYTE;
-    out[i] = word & TOP_2_BITS;
-    out[n + i] = (word << 2) & TOP_2_BITS;
-    out[2 * n + i] = (word << 4) & TOP_2_BITS;
-    out[3 * n + i] = (word << 6) & TOP_2_BITS;
+    const uint8_t byte = W[i];
+    codes[i] = (byte >> 6) - 1;
+    codes[n + i] = ((byte >> 4) & 3) - 1;
+    codes[2 * n + i] = ((byte >> 2) & 3) - 1;
+    codes[3 * n + i] = (byte & 3) - 1;
   }
 }
 
-// size: bytes of a number in out, 2 for bf16 and fp16, 4 for fp32
-extern "C" void dequantize(const uint8_t* W, void* out, long n, int size) {
-  if (size == 2) {
-    dequantize_to(W, (uint16_t*)out, n);
-  } else {
-    dequantize_to(W, (uint32_t*)out, n);
+// sums (M, 4, rows) int32 -> columns `first` to first + rows of each quarter of y (M, 4, n) bf16:
+// sums * (scale of the row of x * alpha) + bias (4, n), which may be null
+extern "C" void scale_rows(const int32_t* sums, const float* scales, float alpha, const float* bias, uint16_t* y,
+                           long M, long rows, long n, long first) {
+#pragma omp parallel for if (M * rows > (1 << 12))
+  for (long m = 0; m < M; m++) {
+    const float scale = scales[m] * alpha;
+    for (long quarter = 0; quarter < 4; quarter++) {
+      const int32_t* from = sums + (m * 4 + quarter) * rows;
+      uint16_t* to = y + (m * 4 + quarter) * n + first;
+      if (bias) {
+        const float* b = bias + quarter * n + first;
+        for (long i = 0; i < rows; i++) to[i] = to_bf16(from[i] * scale + b[i]);
+      } else {
+        for (long i = 0; i < rows; i++) to[i] = to_bf16(from[i] * scale);
+      }
+    }
   }
 }
 #endif

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from terdit import GaussianDiffusion, atomic_write, cpu_kernel, first_line, load_model, packed_path, read_model
+from terdit import Config, GaussianDiffusion, atomic_write, first_line, load_model, packed_path, read_model
 
 STEPS = 25  # enough for the demo's digits
 PAPER_STEPS = 250
 IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def main(argv=None):
@@ -56,7 +56,6 @@ def main(argv=None):
 
 def load(args):
     """The model that --ckpt names, in eval mode."""
-    default_dtype = "bf16" if args.device == "cuda" else "fp32"
     overrides = {}
     if args.vae is not None:
         overrides["vae"] = args.vae
@@ -64,7 +63,18 @@ def load(args):
             raise ValueError(f"--vae {args.vae}: {args.ckpt} draws pixels, there are no latents to decode")
     if args.n_heads is not None:
         overrides["n_heads"] = args.n_heads
-    return load_model(args.ckpt, args.device, DTYPES[args.dtype or default_dtype], **overrides)
+    dtype = args.dtype or default_dtype(args.device, Config(**read_model(args.ckpt)[0]))
+    return load_model(args.ckpt, args.device, DTYPES[dtype], **overrides)
+
+
+def default_dtype(device, config):
+    """bf16 on a GPU. On a CPU int8 for ternary models of latents, which are large, if it has instructions for it."""
+    if device == "cuda":
+        return "bf16"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    has_int8 = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    return "int8" if config.ternary and config.vae and has_int8 else "fp32"
 
 
 def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", batch=100, decode=None, progress=None,
@@ -111,6 +121,8 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=
         return out
 
     clip = config.vae is None  # pixels lie in [-1, 1], latents do not
+    if sampler == "dpm":
+        return diffusion.dpm_sample_loop(model_fn, draw_noise(), clip_denoised=clip)
     if sampler == "ddim":  # eta = 0: deterministic after the first draw
         return diffusion.ddim_sample_loop(model_fn, draw_noise(), clip_denoised=clip, noise_fn=torch.zeros_like)
     return diffusion.p_sample_loop(model_fn, draw_noise(), clip_denoised=clip, noise_fn=draw_noise)
@@ -167,10 +179,12 @@ def report(path, model, device, seconds, n, steps):
         how = packed_path(device, model.product_dtype)
         if how == "kernel":
             how = "kernel.cu"
+        elif how == "int8":
+            how = "torch's integer matmul and kernel.cu's C++"
         elif how == "blocks":
-            how = f"blocks, dequantized by {'kernel.cu' if cpu_kernel() else 'PyTorch'}"
+            how = "blocks, unpacked by kernel.cu's C++"
         else:
-            how = "unpacking at every call"
+            how = "unpacking at every call in PyTorch"
         print(f"packed layers run by {how}, {str(model.product_dtype).removeprefix('torch.')}")
     tensors = read_model(path)[1].values()
     codes = count_bytes(t for t in tensors if t.dtype == torch.uint8)
@@ -195,13 +209,14 @@ def parse_args(argv=None):
     flag("--cfg", type=float, default=1.5, help="guidance scale; 1 is none (default 1.5)")
     flag("--guided-channels", type=positive, metavar="N", help="guide the first N channels; default all; upstream 3")
     flag("--steps", type=positive, help=f"denoising steps; default {STEPS}, for latents the paper's {PAPER_STEPS}")
-    flag("--sampler", choices=["ddpm", "ddim"], default="ddpm")
+    flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddpm", help="dpm (DPM-Solver++) takes the fewest steps")
     flag("--seed", type=int, default=0)
     flag("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
     flag("--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid")
     flag("--out", help="default grid.png or samples.npz")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--dtype", choices=DTYPES, help="of products with ternary weights; default fp32 on a CPU, bf16 on a GPU")
+    flag("--dtype", choices=DTYPES, help="of products with ternary weights; default bf16 on a GPU; on a CPU int8 for "
+         "latents, if it has instructions for it, else fp32")
     flag("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
     flag("--n-heads", type=positive, help="for released folders whose model has not 32 heads")
     args = parser.parse_args(argv)

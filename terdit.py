@@ -23,7 +23,6 @@ import os
 import shlex
 import subprocess
 import tempfile
-import threading
 import time
 import warnings
 from contextlib import nullcontext
@@ -378,8 +377,10 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def set_product_dtype(self, dtype):
-        """Multiply by ternary weights in this dtype. All else stays in fp32: the residual stream, norms, embeddings and
-        the final layer, as under autocast in training."""
+        """Multiply by ternary weights in this dtype: fp32, bf16, fp16, or int8 for packed ones (int8_linear_plain).
+
+        All else stays in fp32: the residual stream, norms, embeddings and the final layer, as in training.
+        """
         self.product_dtype = dtype
         for module in self.modules():
             if isinstance(module, (TernaryLinear, PackedTernaryLinear)):
@@ -619,6 +620,34 @@ class GaussianDiffusion:
         return self._sample_loop(step, model_fn, noise, clip_denoised, noise_fn)
 
 
+    @torch.no_grad()
+    def dpm_sample_loop(self, model_fn, noise, clip_denoised=False):
+        """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, so it needs fewer steps. Deterministic.
+
+        Arguments as in p_sample_loop; sigma channels are ignored. With lambda = log(sqrt(acp) / sqrt(1 - acp)), a step
+        extrapolates x0 from the last two predictions. The first step has only one. Before t = 0 lambda jumps, and an
+        extrapolation that far does harm: this step is of first order too.
+        """
+        half_log_snr = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
+        x = noise
+        previous_x0 = None
+        previous_h = None
+        for i in reversed(range(self.num_timesteps)):
+            t = torch.full((len(x),), i, device=x.device)
+            out = model_fn(x, torch.full_like(t, int(self.timestep_map[i])))
+            x0 = self.p_mean_variance(out, x, t, clip_denoised)["pred_xstart"]
+            if i == 0:
+                return x0
+            h = half_log_snr[i - 1] - half_log_snr[i]
+            direction = x0
+            if previous_x0 is not None and i > 1:
+                direction = x0 + (x0 - previous_x0) * (0.5 * h / previous_h)
+            shrink = self.sqrt_one_minus_alphas_cumprod[i - 1] / self.sqrt_one_minus_alphas_cumprod[i]
+            x = shrink * x - self.sqrt_alphas_cumprod[i - 1] * np.expm1(-h) * direction
+            previous_x0 = x0
+            previous_h = h
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Packing: four weights in a byte
 
@@ -661,12 +690,29 @@ def packed_linear_plain(x, weight, alphas, bias):
     return F.linear(x, unpack_ternary(weight).to(x.dtype) * alphas.to(x.dtype), bias)
 
 
+def int8_linear_plain(x, weight, alphas, bias):
+    """packed_linear_plain with activations in int8 (W1.58A8): x (M, K) fp32 or bf16 -> (M, N) bf16.
+
+    Each row of x is rounded to 255 levels between -max|x| and max|x|. A ternary weight is exact in int8, so the integer
+    sums are exact, and nearly all of the work runs at int8's rate. ValueError if x is not finite.
+    """
+    x = x.float()
+    greatest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)  # (M, 1)
+    if not bool(greatest.isfinite().all()):
+        raise ValueError("activations are not finite: is the checkpoint damaged?")
+    levels = (x * (torch.full_like(greatest, 127) / greatest)).round().to(torch.int8)  # halves to even
+    sums = integer_matmul(levels, unpack_ternary(weight).t())  # (M, N) int32
+    y = sums.float() * (greatest / 127 * alphas.float())
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(torch.bfloat16)
+
+
 class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
     `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. In fp32 on a CPU it gives the same
-    bits as TernaryLinear. Models are built of FastPackedTernaryLinear (section 7), which never holds a large unpacked
-    matrix; in fp32 its bits are the same up to BLOCK_BYTES of unpacked weights, and the same to rounding above.
+    bits as TernaryLinear. Models are built of FastPackedTernaryLinear (section 7), which puts out the same.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -686,7 +732,7 @@ class PackedTernaryLinear(nn.Module):
 def pack_model(model):
     """A DiT of TernaryLinear layers -> a new DiT of PackedTernaryLinear layers, in eval mode on the same device.
 
-    Without gradients, on a CPU in fp32, its output equals the model's bit for bit if no layer is over BLOCK_BYTES.
+    Without gradients, on a CPU in fp32, its output equals the model's bit for bit.
     """
     with torch.device("meta"):
         packed = DiT(model.config, packed=True)
@@ -828,9 +874,9 @@ def checked_state(state, packed):
 def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     """Load a DiT for inference, with its `.config`: a file of save_checkpoint, or a released folder.
 
-    dtype is that of products with ternary weights, packed or not; all else is fp32. A full-precision model is in dtype
-    as a whole. `overrides` replace Config fields: a released folder does not say n_heads (32 in all of them). Raises
-    ValueError or FileNotFoundError, naming the file.
+    dtype is that of products with ternary weights (DiT.set_product_dtype); for int8 they are packed, if they are not.
+    All else is fp32, but a full-precision model is in dtype as a whole. `overrides` replace Config fields: a released
+    folder does not say n_heads (32 in all of them). Raises ValueError or FileNotFoundError, naming the file.
     """
     fields, state = read_model(path)
     try:
@@ -841,6 +887,10 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
         model.load_state_dict(checked_state(state, packed), assign=True)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path}: damaged, or its config is wrong: {' '.join(str(e).split())[:300]}") from None
+    if dtype == torch.int8 and not config.ternary:
+        raise ValueError(f"{path}: int8 is for ternary weights, this checkpoint is in full precision")
+    if dtype == torch.int8 and not packed:
+        model = pack_model(model)
     model.set_product_dtype(dtype)
     if not config.ternary:
         model.to(dtype)
@@ -851,12 +901,13 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
 # 7. Fast paths: skip on first reading
 #
 # Models are built of these. FastTernaryLinear puts out what TernaryLinear does, FastPackedTernaryLinear what
-# PackedTernaryLinear does; tests hold each pair together. A packed layer runs in one of three ways, which packed_path
+# PackedTernaryLinear does; tests hold each pair together. A packed layer runs in one of these ways, which packed_path
 # chooses; where a gradient is wanted, the layer itself takes the plain one:
 #
 #     "kernel"  on a GPU, in bf16 or fp16: kernel.cu multiplies by the packed bytes
-#     "blocks"  on a CPU: a few MB of weights at a time are dequantized and multiplied by PyTorch
-#     "plain"   everywhere else: packed_linear_plain; a warning says so once
+#     "int8"    on a CPU, if asked for (DiT.set_product_dtype): kernel.cu's C++ around torch's integer matmul
+#     "blocks"  on a CPU, in other dtypes: a block of weights after another is unpacked in the cache and multiplied
+#     "plain"   everywhere else: packed_linear_plain or int8_linear_plain
 
 SLOWLY = "unpack in plain PyTorch at every call, slower"
 
@@ -919,48 +970,55 @@ class FastTernaryLinear(TernaryLinear):
 
 
 class FastPackedTernaryLinear(PackedTernaryLinear):
-    """PackedTernaryLinear by packed_linear."""
+    """PackedTernaryLinear by packed_linear, in the dtype of DiT.set_product_dtype."""
 
     def forward(self, x):
         if x.shape[-1] != self.weight.shape[1]:
             raise ValueError(f"x of (..., {self.weight.shape[1]}) wanted, got {tuple(x.shape)}")
-        x = x.to(self.product_dtype or x.dtype)
+        dtype = self.product_dtype or x.dtype
+        if dtype != torch.int8:  # int8_linear rounds by itself
+            x = x.to(dtype)
         if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x, self.alphas, self.bias)):
             return super().forward(x)  # only the plain path has a backward pass
-        return packed_linear(x, self.weight, self.alphas, self.bias)
+        return packed_linear(x, self.weight, self.alphas, self.bias, dtype)
 
 
 def packed_path(device, dtype):
-    """How packed layers run on this device in this dtype: "kernel", "blocks" or "plain"."""
+    """How packed layers run on this device in this product dtype: "kernel", "int8", "blocks" or "plain"."""
+    kind = torch.device(device).type
     if forced_kernel()[0] == "off":
         return "plain"
-    kind = torch.device(device).type
-    if kind == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return "blocks"
+    if kind == "cpu" and cpu_kernel():
+        return "int8" if dtype == torch.int8 else "blocks"
     if kind == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return "kernel" if cuda_kernel(device) else "plain"
-    announce_once(f"no kernel for {dtype} on {kind}: packed layers {SLOWLY}")
+    if kind == "cuda" and dtype != torch.int8:
+        announce_once(f"no kernel for {dtype} on a GPU: packed layers {SLOWLY}")
     return "plain"
 
 
-def packed_linear(x, weight, alphas, bias):
-    """packed_linear_plain, by the fastest path there is."""
-    path = packed_path(x.device, x.dtype)
+def packed_linear(x, weight, alphas, bias, dtype=None):
+    """packed_linear_plain, or for dtype=torch.int8 int8_linear_plain, by the fastest path there is."""
+    dtype = dtype or x.dtype
+    path = packed_path(x.device, dtype)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     alphas = alphas.float()
-    if bias is not None:
+    if bias is not None and dtype != torch.int8:
         bias = bias.to(x.dtype)
+    y = None
     if path == "kernel":
         try:
             library = cuda_kernel(x.device)
-            kernel, tokens = choose_kernel(library, rows, weight)
-            y = launch_kernel(library, rows, weight, alphas, bias, kernel, tokens)
+            y = launch_kernel(library, rows, weight, alphas, bias, *choose_kernel(library, rows, weight))
         except KernelError as e:
             announce_once(f"{e}: packed layers {SLOWLY}")
-            path = "plain"
-    if path == "blocks":
+    if path == "int8":
+        y = int8_linear(rows, weight, alphas, bias)
+    elif path == "blocks":
         y = linear_in_blocks(rows, weight, alphas, bias)
-    elif path == "plain":
+    elif y is None and dtype == torch.int8:
+        y = int8_linear_plain(rows, weight, alphas, bias)
+    elif y is None:
         y = packed_linear_plain(rows, weight, alphas, bias)
     return y.view(*x.shape[:-1], 4 * len(weight))
 
@@ -1153,25 +1211,29 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
 
 # On a CPU -------------------------------------------------------------------------------------------------------------
 
-BLOCK_BYTES = 12 << 20  # of dequantized weights: small enough for the cache, large enough for an efficient matmul
+
+def integer_matmul(a, b):
+    """a (M, K) int8 times b (K, N) int8 -> (M, N) int32, exact."""
+    if a.shape[1] > 1 and has_int_mm(a.device.type):  # with K = 1 it is wrong on a CPU (torch 2.13)
+        return torch._int_mm(a, b)  # torchao builds on it too
+    return (a.float() @ b.float()).to(torch.int32)  # exact as well: |sum| <= 127 K < 2^24 for K up to 132,000
 
 
-class _Scratch(threading.local):
-    """Memory kept from call to call, for each thread its own: page faults of new memory cost as much as the work."""
-
-    bytes = torch.empty(0, dtype=torch.uint8)
-
-    def get(self, size):
-        if len(self.bytes) < size:
-            self.bytes = torch.empty(size, dtype=torch.uint8)
-            # glibc returns large freed blocks to the system, and the next call must fault their pages in again: 80,000
-            # faults, a quarter of a 600M forward pass. Once a block of 31 MB has been freed, glibc keeps blocks up to
-            # that size. This one is never written to, so it takes no memory.
-            torch.empty(31 << 20, dtype=torch.uint8)
-        return self.bytes[:size]
+BLOCK_BYTES = 8 << 20  # of unpacked weights, or of their sums in int8
 
 
-scratch = _Scratch()
+@lru_cache(maxsize=None)
+def has_int_mm(kind):
+    """Whether torch._int_mm, which has no public name, is there and right on this kind of device."""
+    a = torch.arange(-96, 96, dtype=torch.int8).view(24, 8).to(kind)
+    b = a.t().contiguous()
+    try:
+        right = torch.equal(torch._int_mm(a, b).cpu().long(), a.cpu().long() @ b.cpu().long())
+    except (AttributeError, RuntimeError):
+        right = False
+    if not right:
+        announce_once(f"torch._int_mm does not work on this {kind}: int8 products run in fp32, slower")
+    return right
 
 
 @lru_cache(maxsize=None)
@@ -1180,7 +1242,8 @@ def cpu_kernel():
 
     Each process that needs it compiles it, in less than a second. No file is kept.
     """
-    flags = "-x c++ -std=c++17 -DCPU -O3 -march=native -fopenmp -shared -fPIC".split()
+    # Without -ffp-contract=off, a * b + c would be rounded once, and the results would not be int8_linear_plain's bits.
+    flags = "-x c++ -std=c++17 -DCPU -O3 -march=native -ffp-contract=off -fopenmp -shared -fPIC".split()
     source = Path(__file__).with_name("kernel.cu")
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -1191,65 +1254,70 @@ def cpu_kernel():
     except Exception as e:  # no compiler, one without OpenMP, a folder from which nothing may be run
         compilers_words = getattr(e, "stderr", None)
         reason = first_line(compilers_words or e)
-        announce_once(f"kernel.cu's CPU part is not used ({reason}): packed layers are dequantized by PyTorch, slower")
+        announce_once(f"kernel.cu's CPU part is not used ({reason}): packed layers run in plain PyTorch, slower")
         return None
 
 
-def dequantize(library, packed, out):
-    """packed (n, K) uint8 -> out (4, n, K) of -2, 0 and 2, in bf16, fp16 or fp32; both contiguous. See kernel.cu."""
-    packed_pointer = ctypes.c_void_p(packed.data_ptr())
-    out_pointer = ctypes.c_void_p(out.data_ptr())
-    library.dequantize(packed_pointer, out_pointer, ctypes.c_long(packed.numel()), out.element_size())
+def pointer(z):
+    return ctypes.c_void_p(None if z is None else z.data_ptr())
 
 
-def dequantize_plain(packed, out):
-    """The same in PyTorch, for machines without a C++ compiler.
+def unpacked_blocks(weight, bytes_per_row):
+    """weight (N/4, K) uint8 -> pairs (first row of bytes, its block unpacked: (4 * rows, K) int8 of -1, 0 and 1).
 
-    A field of a byte is 0, 1 or 2. Inverted it is 11, 10 or 01 in binary. As the two top bits of a float (the sign and
-    the highest exponent bit) these are -2, -0 and 2. So each field moves to the top of a word, and the rest is cleared.
+    bytes_per_row is what the caller makes of a row of weights: blocks are of BLOCK_BYTES, so they stay in the cache. As
+    they are under 32 MB, they also spare page faults: glibc keeps such memory, and returns larger blocks to the system.
     """
-    if out.element_size() == 2:
-        word = torch.int16
-        top_bits = -0x4000  # 0xC000: torch's integers are signed
-    else:
-        word = torch.int32
-        top_bits = -0x40000000  # 0xC0000000
-    word_bits = 8 * out.element_size()
-    shifts = word_bits - torch.tensor([8, 6, 4, 2], dtype=word).view(4, 1, 1)  # of a byte's four fields
-    inverted = packed.to(word).bitwise_not_()
-    words = out.view(word)
-    torch.bitwise_left_shift(inverted, shifts, out=words)
-    words.bitwise_and_(top_bits)
+    if weight.dtype != torch.uint8 or weight.device.type != "cpu":  # the C++ works with raw pointers
+        raise ValueError(f"weight of uint8 on cpu wanted, got {weight.dtype} on {weight.device}")
+    n, K = weight.shape
+    block_rows = max(1, min(n, BLOCK_BYTES // (4 * bytes_per_row)))
+    for first in range(0, n, block_rows):
+        packed = weight[first : first + block_rows].contiguous()
+        codes = torch.empty(4 * len(packed), K, dtype=torch.int8)
+        cpu_kernel().unpack(pointer(packed), pointer(codes), ctypes.c_long(packed.numel()))
+        yield first, codes
 
 
 def linear_in_blocks(x, weight, alphas, bias):
-    """x (M, K), weight (N/4, K) uint8 -> (M, N), dequantizing one block of rows after another into the same memory."""
-    if weight.dtype != torch.uint8 or weight.device != x.device:  # the C++ works with raw pointers
-        raise ValueError(f"weight of uint8 on {x.device} wanted, got {weight.dtype} on {weight.device}")
+    """packed_linear_plain with less memory: x (M, K), weight (N/4, K) uint8 -> (M, N)."""
     M, K = x.shape
     n = len(weight)
-    bytes_per_row = 4 * K * x.element_size()  # a row of bytes is four rows of weights
-    block_rows = min(n, max(1, BLOCK_BYTES // bytes_per_row))
-    memory = scratch.get(block_rows * bytes_per_row).view(x.dtype)
-    library = cpu_kernel()
-    half_alpha = alphas.item() / 2  # the weights are dequantized to -2, 0 and 2
-    y = x.new_empty(M, 4, n) if block_rows < n else None
-    for first in range(0, n, block_rows):
-        packed = weight[first : first + block_rows].contiguous()
-        quarters = memory[: 4 * packed.numel()].view(4, *packed.shape)
-        if library:
-            dequantize(library, packed, quarters)
-        else:
-            dequantize_plain(packed, quarters)
-        w = quarters.flatten(0, 1)  # (4 * block_rows, K)
-        b = None if bias is None else bias.view(4, n)[:, first : first + block_rows].flatten()
+    y = x.new_empty(M, 4, n)
+    for first, codes in unpacked_blocks(weight, bytes_per_row=K * x.element_size()):
+        last = first + len(codes) // 4
+        w = codes.to(x.dtype)
+        b = None if bias is None else bias.view(4, n)[:, first:last].flatten()
         if x.dtype == torch.float32:
-            out = F.linear(x, w.mul_(half_alpha), b)  # exactly what TernaryLinear computes
+            out = F.linear(x, w.mul_(alphas), b)  # exactly what TernaryLinear computes
         elif b is None:
-            out = torch.addmm(x.new_empty(len(w)), x, w.t(), beta=0, alpha=half_alpha)  # alpha costs nothing in addmm
+            out = torch.addmm(x.new_empty(len(w)), x, w.t(), beta=0, alpha=alphas.item())
         else:
-            out = torch.addmm(b, x, w.t(), alpha=half_alpha)
-        if y is None:
-            return out
-        y[:, :, first : first + block_rows] = out.view(M, 4, -1)
+            out = torch.addmm(b, x, w.t(), alpha=alphas.item())
+        y[:, :, first:last] = out.view(M, 4, last - first)
     return y.flatten(1)
+
+
+def int8_linear(x, weight, alphas, bias):
+    """int8_linear_plain to the bit, with kernel.cu's C++ in the place of the passes over memory around the product."""
+    library = cpu_kernel()
+    M, K = x.shape
+    n = len(weight)
+    if x.dtype != torch.bfloat16:
+        x = x.float()
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    levels = torch.empty(M, K, dtype=torch.int8)
+    scales = torch.empty(M)
+    y = torch.empty(M, 4 * n, dtype=torch.bfloat16)
+    is_bf16 = x.dtype == torch.bfloat16
+    sizes = (ctypes.c_long(M), ctypes.c_long(K))
+    if not library.quantize_rows(pointer(x), is_bf16, pointer(levels), pointer(scales), *sizes):
+        raise ValueError("activations are not finite: is the checkpoint damaged?")
+    alpha = ctypes.c_float(alphas.item())
+    for first, codes in unpacked_blocks(weight, bytes_per_row=max(K, 4 * M)):  # a row's codes, or its sums
+        sums = integer_matmul(levels, codes.t())  # (M, 4 * rows) int32
+        sizes = (ctypes.c_long(M), ctypes.c_long(len(codes) // 4), ctypes.c_long(n), ctypes.c_long(first))
+        library.scale_rows(pointer(sums), pointer(scales), alpha, pointer(bias), pointer(y), *sizes)
+    return y

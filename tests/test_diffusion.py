@@ -168,3 +168,126 @@ def test_vb_teaches_sigma_alone():
     prediction_grad, sigma_grad = out.grad.chunk(2, dim=1)
     assert (prediction_grad == 0).all()
     assert (sigma_grad != 0).any()
+
+
+# DPM-Solver++(2M) -----------------------------------------------------------------------------------------------------
+
+
+def replay_dpm(model_fn, x, respacing, prediction):
+    """Algorithm 2 of the paper, in float64 and its own letters, first order at the first step and before t = 0."""
+    d = GaussianDiffusion(respacing, prediction)
+    alpha = np.sqrt(d.alphas_cumprod)
+    sigma = np.sqrt(1 - d.alphas_cumprod)
+    lam = np.log(alpha / sigma)
+    x = x.double()
+    q_before = None
+    for s in range(d.num_timesteps - 1, -1, -1):  # a step goes from s to s - 1
+        t = torch.full((len(x),), int(d.timestep_map[s]))
+        out = model_fn(x, t).double()
+        q = alpha[s] * x - sigma[s] * out if prediction == "v" else (x - sigma[s] * out) / alpha[s]
+        if s == 0:
+            return q
+        h = lam[s - 1] - lam[s]
+        d_s = q
+        if q_before is not None and s > 1:
+            r = (lam[s] - lam[s + 1]) / h
+            d_s = (1 + 1 / (2 * r)) * q - 1 / (2 * r) * q_before
+        x = sigma[s - 1] / sigma[s] * x - alpha[s - 1] * (np.exp(-h) - 1) * d_s
+        q_before = q
+
+
+def smooth_model(x, t):
+    """Some smooth function of x and t: no image in particular."""
+    return 0.9 * torch.tanh(0.7 * x) + 0.1 * torch.cos(t / 160.0).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("respacing", ["8", "16", "50"])
+def test_dpm_is_the_papers_formula(respacing, prediction):
+    start = torch.randn(2, 3, 4, 4)
+    got = GaussianDiffusion(respacing, prediction).dpm_sample_loop(smooth_model, start)
+    want = replay_dpm(smooth_model, start, respacing, prediction)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max().clamp(min=1)
+
+
+class GaussianData:
+    """A model_fn that knows data of N(mean, std^2): E[x0 | x] in closed form, and where the exact ODE leads."""
+
+    mean = 0.3
+    std = 0.5
+    acp = torch.from_numpy(GaussianDiffusion().alphas_cumprod)
+
+    def __call__(self, x, t):
+        acp = self.acp[t].view(-1, 1, 1, 1)
+        variance = acp * self.std**2 + 1 - acp
+        x0 = self.mean + acp.sqrt() * self.std**2 / variance * (x - acp.sqrt() * self.mean)
+        return (x - acp.sqrt() * x0) / (1 - acp).sqrt()
+
+    def solution(self, start):
+        acp = self.acp[999]
+        return self.mean + self.std * (start - acp.sqrt() * self.mean) / (acp * self.std**2 + 1 - acp).sqrt()
+
+
+def dpm_error(steps):
+    start = torch.randn(500, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    model = GaussianData()
+    got = GaussianDiffusion(str(steps)).dpm_sample_loop(model, start)
+    return (got - model.solution(start)).abs().max().item()
+
+
+def test_dpm_on_a_gaussian():
+    assert dpm_error(25) < 0.06  # 0.3, were the step before t = 0 of second order
+    assert dpm_error(25) < 0.5 * ddim_error(25)
+
+
+def ddim_error(steps):
+    start = torch.randn(500, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    model = GaussianData()
+    got = GaussianDiffusion(str(steps)).ddim_sample_loop(model, start)
+    return (got - model.solution(start)).abs().max().item()
+
+
+def test_dpm_is_of_second_order():
+    """Half the step, a quarter of the error: between t = 999 and 200, where lambda is smooth."""
+
+    class UpTo(GaussianDiffusion):
+        """Stops at t = 200 and puts out x there: the step before t = 0 does not count."""
+
+        def __init__(self, steps):
+            super().__init__()
+            self.timestep_map = np.round(np.linspace(200, 999, steps)).astype(int)
+            acp = self.alphas_cumprod[self.timestep_map]
+            self.num_timesteps = steps
+            self.alphas_cumprod = acp
+            self.sqrt_alphas_cumprod = np.sqrt(acp)
+            self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - acp)
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1 / acp)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / acp - 1)
+
+    model = GaussianData()
+    start = torch.randn(200, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for steps in (26, 51, 101):
+        diffusion = UpTo(steps)
+        got = diffusion.dpm_sample_loop(model, start)  # x0 at t = 200
+        errors.append((got - x0_on_the_exact_path(model, start, 200)).abs().max().item())
+    assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3
+
+
+def x0_on_the_exact_path(model, start, t):
+    acp = model.acp[t]
+    x_t = acp.sqrt() * model.mean + (acp * model.std**2 + 1 - acp).sqrt() * (
+        start - model.acp[999].sqrt() * model.mean
+    ) / (model.acp[999] * model.std**2 + 1 - model.acp[999]).sqrt()
+    eps = model(x_t, torch.full((len(start),), t))
+    return (x_t - (1 - acp).sqrt() * eps) / acp.sqrt()
+
+
+def test_dpm_clips_and_ignores_sigma():
+    diffusion = GaussianDiffusion("10")
+    far = torch.full((1, 3, 4, 4), 3.0)
+    start = torch.randn(1, 3, 4, 4)
+    assert diffusion.dpm_sample_loop(Oracle("eps", far), start).mean() > 2.9
+    assert diffusion.dpm_sample_loop(Oracle("eps", far), start, clip_denoised=True).max() <= 1 + 1e-5
+    quiet, loud = (diffusion.dpm_sample_loop(Oracle("eps", far, sigma), start) for sigma in (-1.0, 1.0))
+    assert torch.equal(quiet, loud)

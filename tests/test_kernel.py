@@ -251,48 +251,6 @@ def test_blocks_against_plain(shape):
                 assert relative_error(got, want) <= 1.05 * relative_error(plain, want)
 
 
-def test_dequantize():
-    """kernel.cu's part for CPUs, as g++ compiles it here, against PyTorch and against the codes themselves."""
-    if sys.platform == "darwin" or not shutil.which("g++"):
-        pytest.skip("no g++ with OpenMP: kernel.cu's part for CPUs is not run")
-    assert terdit.cpu_kernel()
-    codes = torch.randint(-1, 2, (20, 333))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        want = 2 * codes.to(dtype)
-        x = torch.eye(333, dtype=dtype)
-        alphas = torch.ones(1)
-        fast = torch.empty(4, 5, 333, dtype=dtype)
-        plain = torch.empty(4, 5, 333, dtype=dtype)
-        terdit.dequantize(terdit.cpu_kernel(), pack_ternary(codes), fast)
-        terdit.dequantize_plain(pack_ternary(codes), plain)
-        assert torch.equal(fast.flatten(0, 1), want) and torch.equal(plain.flatten(0, 1), want)
-        assert torch.equal(packed_linear(x, pack_ternary(codes), alphas, None), codes.T.to(dtype))
-
-
-def test_without_a_compiler(monkeypatch, tmp_path):
-    """PyTorch dequantizes the weights then, and one warning names the reason."""
-    *args, want = case(3, 64, 48, torch.bfloat16)
-    broken = tmp_path / "compiler"
-    broken.write_text("#!/bin/sh\necho 'kernel.cu: no OpenMP here' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    for compiler, reason in (("no-such-compiler", "no-such-compiler"), (f"{broken} -v", "no OpenMP here")):
-        monkeypatch.setenv("CXX", compiler)
-        monkeypatch.setattr(terdit, "cpu_kernel", lru_cache(terdit.cpu_kernel.__wrapped__))
-        terdit.announce_once.cache_clear()
-        with pytest.warns(UserWarning, match=f"CPU part is not used .*{reason}.* dequantized by PyTorch") as seen:
-            for _ in range(2):
-                assert torch.equal(packed_linear(*args).double(), want)
-        assert len(seen) == 1
-
-
-def test_blocks_refuse():
-    """Packed layers pass raw pointers on, so tensors that are no packed weights must be refused before."""
-    x, weight, alphas, _, _ = case(3, 64, 48, torch.bfloat16)
-    for wrong in (weight.long(), weight.float(), weight.to("meta")):
-        with pytest.raises(ValueError, match="weight of uint8 on cpu wanted, got"):
-            packed_linear(x, wrong, alphas, None)
-
-
 def test_shapes_of_x():
     packed = pack_ternary(torch.randint(-1, 2, (8, 16)))
     alphas = torch.ones(1)
@@ -304,11 +262,10 @@ def test_shapes_of_x():
 
 
 def test_little_memory():
-    """A layer of 9 MB packed (dense bf16: 75 MB) runs within 16 MB of what is not input or output."""
+    """A layer of 9 MB packed (dense bf16: 75 MB) runs within 24 MB of what is not input or output."""
     x = torch.randn(2, 4096).bfloat16()
     packed = torch.zeros(2304, 4096, dtype=torch.uint8)
     alphas = torch.ones(1)
-    packed_linear(x, packed, alphas, None)  # makes the scratch, which stays
     with torch.profiler.profile(profile_memory=True) as profile:
         packed_linear(x, packed, alphas, None)
     held = peak = 0
@@ -316,7 +273,7 @@ def test_little_memory():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak > 0 and 6e6 < len(terdit.scratch.bytes) + peak < 16e6
+    assert 6e6 < peak < 24e6
 
 
 def test_layer_with_gradients():
@@ -333,7 +290,8 @@ def test_layer_with_gradients():
 
 def test_environment(monkeypatch):
     assert terdit.packed_path("cpu", torch.bfloat16) == "blocks"
-    assert terdit.packed_path("cpu", torch.float64) == "plain"
+    assert terdit.packed_path("cpu", torch.int8) == "int8"
+    assert terdit.packed_path("meta", torch.float32) == "plain"
     monkeypatch.setenv("TERDIT_KERNEL", "off")
     assert terdit.packed_path("cpu", torch.bfloat16) == "plain"
     monkeypatch.setenv("TERDIT_KERNEL", "mma:64")
