@@ -2,12 +2,13 @@
 
     python tests/bench_kernel.py             a table, on the GPU if there is one, else on the CPU
 
-    ours       packed_linear: kernel.cu on a GPU; on a CPU, blocks of the weight that are dequantized in its cache
+    ours       packed_linear: kernel.cu on a GPU; on a CPU, blocks of the weight that are unpacked in its cache
+    int8       packed_linear with activations in int8, on a CPU
     dense      F.linear with bf16 weights: cuBLAS or oneDNN
     plain      unpack the weight to bf16 in memory, then F.linear
     upstream   TerDiT's released code's way: unpack to fp32, times alpha, F.linear in fp32
 
-Each shape's result is checked before it is timed. On a CPU the four take turns, and a ratio is the median of its values
+Each shape's result is checked before it is timed. On a CPU they take turns, and a ratio is the median of its values
 in each turn. On a GPU each one runs in a CUDA graph over copies of the weights that together exceed the L2 cache.
 """
 
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from terdit import forced_kernel, pack_ternary, packed_linear, packed_linear_plain, packed_path  # noqa: E402
+from terdit import forced_kernel, int8_linear_plain, pack_ternary, packed_linear, packed_linear_plain  # noqa: E402
+from terdit import packed_path  # noqa: E402
 
 SHAPES = {  # (N, K): where
     (1536, 1536): "600M attention",
@@ -35,8 +37,9 @@ SHAPES = {  # (N, K): where
     (18432, 1024): "4.2B adaLN",
 }
 HEIGHTS = {"cpu": (1, 2, 16, 64, 512, 2048), "cuda": (1, 2, 16, 64, 512, 2048, 4096)}  # M, the rows of x
+RATIOS = ("ours", "int8", "plain", "upstream")  # their time over dense's is printed
 CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}  # measured bf16 FLOP/s and bytes/s, of SXM boards
-CONTENDERS = ("ours", "dense", "plain", "upstream")
+CONTENDERS = {"cpu": ("ours", "int8", "dense", "plain", "upstream"), "cuda": ("ours", "dense", "plain", "upstream")}
 
 
 def check(M, N, K, device):
@@ -56,6 +59,11 @@ def check(M, N, K, device):
     second = packed_linear(x, packed, alphas, None)
     if not (torch.equal(first.float(), want) and torch.equal(first, second)):
         sys.exit(f"wrong result at M={M} N={N} K={K}: nothing is timed")
+    if device == "cpu":
+        x = torch.randn(M, K)
+        got = packed_linear(x, packed, alphas, None, torch.int8)
+        if not torch.equal(got, int8_linear_plain(x, packed, alphas, None)):
+            sys.exit(f"wrong result in int8 at M={M} N={N} K={K}: nothing is timed")
 
 
 def cpu_rounds(functions, rounds):
@@ -98,7 +106,7 @@ def copies(size, most):
 
 
 def measure(M, N, K, device, rounds):
-    """-> median seconds of each contender, and the median of each one's time over ours, both by name."""
+    """-> median seconds of each contender, and the median of each one's time over dense, both by name."""
     n_packed = 1
     n_dense = 1
     if device != "cpu":
@@ -115,19 +123,22 @@ def measure(M, N, K, device, rounds):
         "plain": [lambda w=w: packed_linear_plain(x, w, alphas, None) for w in packed[:n_dense]],
         "upstream": [lambda w=w: packed_linear_plain(x.float(), w, alphas, None) for w in packed[:n_dense]],
     }
+    names = CONTENDERS[device]
     if device == "cpu":
-        times = cpu_rounds([calls[name][0] for name in CONTENDERS], rounds)
+        x_fp32 = x.float()  # what a layer gets from the residual stream
+        calls["int8"] = [lambda: packed_linear(x_fp32, packed[0], alphas, None, torch.int8)]
+        times = cpu_rounds([calls[name][0] for name in names], rounds)
     else:
-        times = [[graph_seconds(calls[name]) for name in CONTENDERS]]
+        times = [[graph_seconds(calls[name]) for name in names]]
     seconds = {}
-    over_ours = {}
-    for i, name in enumerate(CONTENDERS):
+    over_dense = {}
+    for i, name in enumerate(names):
         seconds[name] = statistics.median(row[i] for row in times)
-        over_ours[name] = statistics.median(row[i] / row[0] for row in times)
-    return seconds, over_ours
+        over_dense[name] = statistics.median(row[i] / row[names.index("dense")] for row in times)
+    return seconds, over_dense
 
 
-def report(layer, M, N, K, seconds, over_ours, ceilings):
+def report(layer, M, N, K, seconds, over_dense, ceilings):
     """Print a row of the table -> what the JSON file keeps of it."""
     ours = seconds["ours"]
     flops = 2 * M * N * K
@@ -138,16 +149,14 @@ def report(layer, M, N, K, seconds, over_ours, ceilings):
         flops_per_second, bytes_per_second = ceilings
         share_of_floor = max(flops / flops_per_second, moved / bytes_per_second) / ours
         percent = f"{share_of_floor:.0%}"
-    ours_over_dense = 1 / over_ours["dense"]
+    ratios = [f"{over_dense[name]:>9.2f}" if name in over_dense else f"{'-':>9}" for name in RATIOS]
     print(
         f"{layer:<15} {N:>5} {K:>5} {M:>5}"
         f" {ours * 1e6:>9.1f} {flops / ours / 1e9:>8.0f} {moved / ours / 1e9:>6.0f} {percent:>8}"
-        f" {seconds['dense'] * 1e6:>9.1f} {ours_over_dense:>10.2f}"
-        f" {over_ours['plain']:>10.2f} {over_ours['upstream']:>11.2f}",
+        f" {seconds['dense'] * 1e6:>9.1f} {' '.join(ratios)}",
         flush=True,
     )
-    times = {f"{name}_s": seconds[name] for name in CONTENDERS}
-    return dict(layer=layer, N=N, K=K, M=M, **times, ours_over_dense=ours_over_dense, share_of_floor=share_of_floor)
+    return dict(layer=layer, N=N, K=K, M=M, seconds=seconds, over_dense=over_dense, share_of_floor=share_of_floor)
 
 
 def main():
@@ -166,19 +175,21 @@ def main():
     kernel, tokens = forced_kernel()
     print(f"{where}, torch {torch.__version__}, bf16; packed layers run by {path!r} (TERDIT_KERNEL {kernel}:{tokens})")
     print(f"{'layer':<15} {'N':>5} {'K':>5} {'M':>5} {'ours us':>9} {'GFLOP/s':>8} {'GB/s':>6} {'of floor':>8}"
-          f" {'dense us':>9} {'ours/dense':>10} {'plain/ours':>10} {'upstr./ours':>11}")
+          f" {'dense us':>9} {' '.join(f'{name:>9}' for name in RATIOS)}  (the last four: times over dense's)")
     heights = args.m or HEIGHTS["cuda" if args.device == "cuda" else "cpu"]
     results = []
     with torch.no_grad():
         for (N, K), layer in SHAPES.items():
             for M in heights:
                 check(M, N, K, args.device)
-                seconds, over_ours = measure(M, N, K, args.device, args.rounds)
-                results.append(report(layer, M, N, K, seconds, over_ours, ceilings))
+                seconds, over_dense = measure(M, N, K, args.device, args.rounds)
+                results.append(report(layer, M, N, K, seconds, over_dense, ceilings))
     for M in sorted({row["M"] for row in results}):
-        ratios = [row["ours_over_dense"] for row in results if row["M"] == M]
-        median = statistics.median(ratios)
-        print(f"M={M}: ours / dense {median:.2f} in the median, {min(ratios):.2f} to {max(ratios):.2f}")
+        for name in ("ours", "int8"):
+            ratios = [row["over_dense"][name] for row in results if row["M"] == M and name in row["over_dense"]]
+            if ratios:
+                median = statistics.median(ratios)
+                print(f"M={M}: {name} / dense {median:.2f} in the median, {min(ratios):.2f} to {max(ratios):.2f}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))

@@ -3,11 +3,13 @@
     python tests/bench_model.py                          600M at 256x256, on a GPU also 512x512 and 4.2B
     python tests/bench_model.py --size 4.2B --modes packed
 
-    packed     ours: 2 bits a weight in memory, products in bf16
+    int8       ours: 2 bits a weight in memory, activations in int8 (on a CPU)
+    packed     ours, products in bf16
     dense      Large-DiT of the same size in bf16, which packed layers should not be slower than
     upstream   TerDiT's released code's way: packed in memory, unpacked to fp32 at every call, multiplied in fp32
 
-A process of its own measures each row. The ratio comes from two processes that take turns.
+A process of its own measures each row. A ratio comes from two processes that take turns. A sampling run is of
+DPM-Solver++; the paper's 250 steps of DDPM take 250 times a step.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +27,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import peak_memory, sample_latents  # noqa: E402
 from terdit import SIZES, Config, DiT, PackedTernaryLinear, packed_linear_plain, packed_path  # noqa: E402
+from terdit import unpack_ternary  # noqa: E402
 from tests.baselines import DiTConfig, DiTXL  # noqa: E402
 from tests.turns import in_turns  # noqa: E402
 
-MODES = ["packed", "dense", "upstream"]
+MODES = ["int8", "packed", "dense", "upstream"]
+RUN_STEPS = 16  # of DPM-Solver++, in a sampling run
 
 
 def empty_model(size, image_size, mode):
@@ -55,8 +60,8 @@ def upstream_forward(module, x):
 
 def random_model(size, image_size, mode, device):
     model = empty_model(size, image_size, mode)
-    if mode == "packed":
-        model.set_product_dtype(torch.bfloat16)  # all else is in fp32, as load_model leaves it
+    if mode in ("packed", "int8"):  # all else is in fp32, as load_model leaves it
+        model.set_product_dtype(torch.int8 if mode == "int8" else torch.bfloat16)
     elif mode == "dense":
         model = model.to(torch.bfloat16)
     model = model.to_empty(device=device)
@@ -101,7 +106,7 @@ def step_seconds(model, device):
 def run_seconds(model, device, steps):
     """Seconds of sampling one image."""
     start = time.perf_counter()
-    sample_latents(model, y=[207], index=[0], cfg_scale=4.0, steps=steps)
+    sample_latents(model, y=[207], index=[0], cfg_scale=4.0, steps=steps, sampler="dpm")
     synchronize(device)
     return time.perf_counter() - start
 
@@ -157,10 +162,38 @@ def make_timer(size, image_size, mode, device, clock):
     return lambda: clock(model, device)
 
 
-def packed_over_dense(size, image_size, device, rounds, clock):
+def over_dense(mode, size, image_size, device, rounds, clock):
     """The ratio of each round, sorted. clock(model, device) does the work once and returns its seconds."""
-    rivals = [(size, image_size, mode, device, clock) for mode in ("packed", "dense")]
+    rivals = [(size, image_size, rival, device, clock) for rival in (mode, "dense")]
     return sorted(packed / dense for packed, dense in in_turns(make_timer, rivals, 0, rounds))
+
+
+@torch.no_grad()
+def errors(size, image_size):
+    """Relative errors of a guided step on a CPU against products in fp32, by mode, of one set of random weights."""
+    packed = random_model(size, image_size, "packed", "cpu")
+    torch.nn.init.normal_(packed.y_embedder.embedding_table.weight, std=1.0)  # two labels that differ
+    for block in packed.layers:
+        block.adaLN_modulation[2].weight.data.fill_(0.3)  # gates of a trained model's size
+    config = packed.config
+    x = torch.randn(2, config.in_channels, config.input_size, config.input_size)
+    inputs = (x, torch.tensor([500, 500]), torch.tensor([207, config.num_classes]), 4.0)
+    outs = {}
+    for mode, dtype in (("fp32", torch.float32), ("packed", torch.bfloat16), ("int8", torch.int8)):
+        packed.set_product_dtype(dtype)
+        outs[mode] = packed.forward_with_cfg(*inputs)
+    with torch.device("meta"):
+        dense = DiT(replace(config, ternary=False)).to(torch.bfloat16)
+    state = {}
+    for name, value in packed.state_dict().items():
+        if value.dtype == torch.uint8:
+            value = unpack_ternary(value) * packed.get_parameter(name.removesuffix("weight") + "alphas")
+        if not name.endswith("alphas"):
+            state[name] = value.to(torch.bfloat16)
+    dense.load_state_dict(state, assign=True)
+    outs["dense"] = dense.forward_with_cfg(*inputs)
+    want = outs.pop("fp32")
+    return {mode: ((out.float() - want).norm() / want.norm()).item() for mode, out in outs.items()}
 
 
 def report_row(size, image_size, mode, args, results):
@@ -178,16 +211,16 @@ def report_row(size, image_size, mode, args, results):
     results.append(dict(size=size, image_size=image_size, mode=mode, steps=args.steps, **row))
 
 
-def report_ratios(size, image_size, args, results):
-    """Measure and print the line that compares packed with dense, and add it to results."""
-    start = f"{size:<5} {image_size:>5} packed / dense"
+def report_ratios(mode, size, image_size, args, results):
+    """Measure and print the line that compares a mode with dense, and add it to results."""
+    start = f"{size:<5} {image_size:>5} {mode} / dense"
     run_ratios = []
     try:
-        step_ratios = packed_over_dense(size, image_size, args.device, args.rounds, step_seconds)
+        step_ratios = over_dense(mode, size, image_size, args.device, args.rounds, step_seconds)
         if args.steps:
             rounds = max(2, args.rounds // 4)
             clock = partial(run_seconds, steps=args.steps)
-            run_ratios = packed_over_dense(size, image_size, args.device, rounds, clock)
+            run_ratios = over_dense(mode, size, image_size, args.device, rounds, clock)
     except (EOFError, OSError):  # the process has printed its own error
         print(f"{start} failed: one of the two died")
         return
@@ -196,7 +229,7 @@ def report_ratios(size, image_size, args, results):
         if ratios:
             words.append(f"{kind} {statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})")
     print(f"{start}, in turns: {', '.join(words)}", flush=True)
-    results.append(dict(size=size, image_size=image_size, mode="packed / dense",
+    results.append(dict(size=size, image_size=image_size, mode=f"{mode} / dense",
                         step_ratios=step_ratios, run_ratios=run_ratios))
 
 
@@ -204,8 +237,8 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", choices=SIZES, nargs="+")
     p.add_argument("--image-size", type=int, nargs="+")
-    p.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    p.add_argument("--steps", type=int, default=16, help="denoising steps of the sampling run, 0 for no run")
+    p.add_argument("--modes", nargs="+", choices=MODES)
+    p.add_argument("--steps", type=int, default=RUN_STEPS, help="steps of dpm in a sampling run, 0 for no run")
     p.add_argument("--rounds", type=int, default=9, help="turns of the ratio's measurement, 0 for none")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", help="also write the figures here")
@@ -229,13 +262,20 @@ def main():
     print(f"{where}, torch {torch.__version__}; packed layers run by {packed_path(args.device, torch.bfloat16)!r}; "
           f"a guided step is 2 images, a run {args.steps} steps")
     print(f"{'size':<5} {'image':>5} {'mode':<9} {'step s':>8} {'run s':>8} {'weights MB':>11} {'peak MB':>9}")
+    args.modes = args.modes or (MODES if args.device == "cpu" else MODES[1:])
     results = []
     for size in sizes:
         for image_size in image_sizes:
             for mode in args.modes:
                 report_row(size, image_size, mode, args, results)
-            if args.rounds and "packed" in args.modes and "dense" in args.modes:
-                report_ratios(size, image_size, args, results)
+            for mode in ("int8", "packed"):
+                if args.rounds and mode in args.modes and "dense" in args.modes:
+                    report_ratios(mode, size, image_size, args, results)
+            if args.device == "cpu" and "dense" in args.modes:
+                found = errors(size, image_size)
+                words = ", ".join(f"{mode} {error:.1e}" for mode, error in found.items())
+                print(f"{size:<5} {image_size:>5} error against products in fp32: {words}", flush=True)
+                results.append(dict(size=size, image_size=image_size, mode="errors", **found))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))
