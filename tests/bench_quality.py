@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import STEPS, sample_images  # noqa: E402
+from sample import DTYPES, STEPS, sample_images  # noqa: E402
 from terdit import load_model  # noqa: E402
 from train import digits  # noqa: E402
 
@@ -116,7 +116,8 @@ def parse_args():
                         help="the training's seed, which gives the images among which the nearest is looked for")
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance scale")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--sampler", choices=["ddpm", "ddim"], default="ddpm")
+    parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddpm")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--json", help="also write the figures here")
     return parser.parse_args()
 
@@ -126,7 +127,7 @@ def main():
     results = []
     exams = {}
     for path in args.ckpt:
-        model = load_model(path)
+        model = load_model(path, dtype=DTYPES[args.dtype])
         size = model.config.input_size
         if size not in exams:
             exams[size] = Exam(size)
@@ -142,7 +143,7 @@ def main():
         near = nearest(x[:500], training_images)
         near_real = nearest(held_out, training_images)
         results.append(dict(ckpt=path, n=args.n, seed=args.seed, **quality, nearest=near, nearest_real=near_real,
-                            cfg=args.cfg, steps=args.steps, sampler=args.sampler))
+                            cfg=args.cfg, steps=args.steps, sampler=args.sampler, dtype=args.dtype))
         print(f"{path}: n={args.n}, seed {args.seed}, accuracy {quality['accuracy']:.2%}, FID {quality['fid']:.2f}, "
               f"nearest training image {near:.2f} (held-out digits: {near_real:.2f})")
     if args.json:
