@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -133,17 +134,19 @@ def pick_classes(wanted, config, everything=False):
 
     None takes every class of up to ten, or if there are more, eight (everything=True: all of them).
     """
-    names = [str(name) for name in config.class_names or range(config.num_classes)]
+    # One letter may be written in two ways, é or e + accent. Compared is the form NFC, which keyboards type.
+    names = [unicodedata.normalize("NFC", str(name)) for name in config.class_names or range(config.num_classes)]
     if wanted is None:
         if everything or config.num_classes <= 10:
             return list(range(config.num_classes))
         wanted = IMAGENET if set(IMAGENET) <= set(names) else range(8)
     picked = []
     for w in wanted:
+        w = unicodedata.normalize("NFC", str(w))
         if w in names:
             picked.append(names.index(w))
-        elif not str(w).lstrip("-").isdigit():
-            some = ", ".join(names[:10])
+        elif not w.lstrip("-").isdigit():
+            some = printable(", ".join(names[:10]))
             if len(names) > 10:
                 some += ", ..."
             raise ValueError(f"class {w!r} is unknown: this checkpoint has {config.num_classes} classes, {some}")
@@ -305,6 +308,11 @@ class Progress:
         line = f"\r{self.what} {self.done / self.total:4.0%}, {seconds_left:.0f} s left   "
         end = "\n" if self.done >= self.total else ""
         print(line, end=end, file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Text that holds names of files or classes, with control characters escaped: they could drive the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def positive(text):

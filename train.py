@@ -15,6 +15,7 @@ last `main`, the loop. Read `main` first if you like.
 
 import argparse
 import colorsys
+import errno
 import json
 import math
 import os
@@ -23,10 +24,12 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -34,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -43,8 +47,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import STEPS, Progress, check_common, generator, load_decoder, load_vae, peak_memory, positive, run_main
-from sample import sample_images, save_grid
+from sample import STEPS, Progress, check_common, generator, load_decoder, load_vae, peak_memory, positive
+from sample import printable, run_main, sample_images, save_grid
 from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, pack_model, save_checkpoint, unpack_ternary
 
@@ -62,6 +66,7 @@ class TrainConfig:
     data: str | None = None  # folder with a subfolder of images for each class, or a cache; None: the embedded digits
     vae: str | None = None  # train on the latents of this VAE
     image_size: int = 32  # pixels; 256 with a VAE
+    no_flip: bool = False  # mirror none of the images
     full_precision: bool = False  # no ternary weights: the paper's baseline
     no_adaln_norm: bool = False  # the paper's ablation
 
@@ -117,9 +122,10 @@ def recipe_of(model_config, image_size):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the embedded digits in memory, or a memory-mapped cache of images or latents
 
-CACHE = "terdit-cache-1"
+CACHE = "terdit-cache-2"
 UNREAD = -2  # label of an image that is not in the cache yet
 BROKEN = -1  # label of an image that cannot be read
+JUNK = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}  # what systems leave in folders, besides hidden files
 
 
 @lru_cache(maxsize=None)
@@ -173,34 +179,62 @@ def digits(n, size=24, seed=0):
     return torch.from_numpy(images).permute(0, 3, 1, 2).mul_(2).sub_(1), torch.from_numpy(labels)
 
 
+def to_rgb(image):
+    """A picture of any mode -> RGB. Each mode has one rule, so that a dark picture stays dark among bright ones.
+
+    Transparency shows white. White is 65535 of 16 bits, 4095 of 12 bits, 1.0 of floats. ValueError: there is no rule.
+    """
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not 0 <= values.min() <= values.max() <= 1:
+            raise ValueError("its floats are not all in 0..1, black to white")
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    elif image.mode.startswith("I"):
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):  # whose "I" has 16 bits
+            raise ValueError("its grey has 32 bits or a sign, and nothing says which number is white")
+        values = np.asarray(image)
+        has_12_bits = getattr(image, "tag_v2", {}).get(258) == (12,)  # a TIFF's BitsPerSample
+        grey = (values // (16 if has_12_bits else 257)).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        image = Image.fromarray(grey)
+    if image.has_transparency_data:
+        drawing = image.convert("RGBA")
+        image = Image.new("RGB", drawing.size, "white")
+        image.paste(drawing, mask=drawing)
+    return image.convert("RGB")
+
+
 def load_image(path, size):
-    """Any picture that Pillow reads -> uint8 (3, size, size): upright, RGB, centre-cropped as ADM does it."""
+    """Any picture that Pillow reads -> uint8 (3, size, size): upright, RGB, centre-cropped.
+
+    As ADM does it, except that ADM rounds the place of the crop to whole pixels.
+    """
     with Image.open(path) as image:
         if image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))  # decode no larger than needed
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert("RGB") would clip to white
-            deep = np.asarray(image).astype(np.int64)
-            if deep.max() > 255:
-                deep = deep // 257
-            image = Image.fromarray(deep.clip(0, 255).astype(np.uint8))
-        image = image.convert("RGB")
+        image.load()
+        with suppress(Exception):  # Pillow raises whatever it likes on broken EXIF data. The pixels are fine.
+            ImageOps.exif_transpose(image, in_place=True)
+        image = to_rgb(image)
     while min(image.size) >= 2 * size:
         image = image.reduce(2)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    # fit() crops before it resizes: 1 x 100,000 pixels would take gigabytes if all of them were enlarged.
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def read_image(path, size):
-    """load_image, or None for a file that cannot be read, which is named."""
+    """load_image, or None for a file that is no picture, which is named. OSError: it cannot be opened."""
     try:
         return load_image(path, size)
     except Exception as e:  # Pillow's decoders raise whatever they like on damaged files
-        print(f"{path}: left out, cannot be read ({type(e).__name__}: {e})", file=sys.stderr)
+        # Only the system's errors have a number. A disk that is gone must not make all its pictures BROKEN for good.
+        # EINVAL alone may be the picture's fault: a damaged one sends the decoder to a place before the file's start.
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
+            raise OSError(f"{e}. What was read before is kept: the same command goes on when this file can be read. "
+                          "If it is gone for good, delete the cache in --out") from None  # fmt: skip
+        line = printable(f"{path}: left out, cannot be read ({type(e).__name__}: {first_line(e)})")
+        sys.stderr.write(f"{line}\n")  # in one piece, because other threads write too
         return None
 
 
@@ -274,39 +308,78 @@ def open_cache(cache, mode="r", **wanted):
         raise ValueError(f"{cache}: cut short or damaged ({e}); delete it to read the images again") from None
     for field, here in (wanted | {"format": CACHE}).items():
         if here is not None and header.get(field) != here:
-            raise ValueError(f"{cache} was made with {field}={header.get(field)!r}, this command says {here!r}")
+            raise ValueError(f"{cache} was made with {field}={header.get(field)!r}, this command says {here!r}: "
+                             "say the same, or delete that folder to read the images again")  # fmt: skip
     return images
 
 
-def class_folders(folder):
-    """Names of the subfolders of --data, one a class."""
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder}: no such folder")
-    names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-    if not names:
-        raise ValueError(f"--data {folder}: expected one subfolder of images a class, found no subfolder")
-    return names
+def list_files(folder, above):
+    """Paths of the files in a folder and below it, in order. Links are followed, but not up to a folder of `above`."""
+    above = above | {os.path.realpath(folder)}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name in JUNK:
+            continue
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # no error for a broken link
+        if not is_folder:
+            yield entry.path
+        elif os.path.realpath(entry.path) not in above:
+            yield from list_files(entry.path, above)
+
+
+def list_images(folder, out):
+    """-> names of the classes, and [[path within the folder, label], ...]. Files of other kinds are counted and named.
+
+    A subfolder with images is a class, unless --out lies in it. Two ways to write a name (é or e + accent) are one
+    class: names are in Unicode's form NFC, which keyboards type.
+    """
+    endings = Image.registered_extensions()
+    out = out.resolve()
+    class_of = {}  # path within the folder: name of its class
+    others = Counter()
+    for path in list_files(folder, {str(out), *map(str, out.parents)}):
+        path = path.removeprefix(f"{folder}{os.sep}")
+        name, is_inside, _ = path.partition(os.sep)
+        ending = os.path.splitext(path)[1].lower()
+        if ending not in endings:
+            others[ending or "without an ending"] += 1
+        elif not is_inside:
+            others["outside the class folders"] += 1
+        else:
+            class_of[path] = unicodedata.normalize("NFC", name)
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
+        print(printable(f"not used in {folder}: {kinds}. Pillow cannot read such files here: convert pictures among "
+                        "them to PNG or JPEG, and put each into a class folder"))  # fmt: skip
+    names = sorted(set(class_of.values()))
+    labels = {name: label for label, name in enumerate(names)}
+    return names, [[path, labels[name]] for path, name in class_of.items()]
 
 
 def create_cache(cache, folder, header, row):
     """An empty cache with the listing of `folder`: header.json, x.npy for rows like `row`, labels.npy of UNREAD."""
-    endings = Image.registered_extensions()
-    files = []
-    for label, name in enumerate(header["class_names"]):
-        for path in sorted((folder / name).rglob("*")):
-            if path.suffix.lower() in endings:
-                files.append((str(path.relative_to(folder)), label))
+    class_names, files = list_images(folder, cache.parent)
     if not files:
-        raise ValueError(f"--data {folder}: its {len(header['class_names'])} class folders hold no images")
-    cache.mkdir(exist_ok=True)
-    np.lib.format.open_memmap(cache / "x.npy", "w+", row.dtype, (len(files), *row.shape)).flush()
-    if hasattr(os, "posix_fallocate"):
-        # Reserve the disk space now: a full disk would otherwise kill the process when a mapped page is written.
-        with open(cache / "x.npy", "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-    np.save(cache / "labels.npy", np.full(len(files), UNREAD))
-    text = json.dumps(header | dict(source=str(folder), files=files)).encode()
-    atomic_write(cache / "header.json", lambda file: file.write(text))
+        raise ValueError(f"--data {folder}: expected one subfolder of images a class; found no subfolder, or they hold "
+                         "no images")  # fmt: skip
+    labels = np.full(len(files), UNREAD)
+    for i, (path, _) in enumerate(files):
+        if os.path.lexists(folder / path) and not (folder / path).is_file():
+            print(printable(f"{folder / path}: left out, it is a pipe or a link to nowhere"), file=sys.stderr)
+            labels[i] = BROKEN
+    try:
+        cache.mkdir(exist_ok=True)
+        np.lib.format.open_memmap(cache / "x.npy", "w+", row.dtype, (len(files), *row.shape)).flush()
+        if hasattr(os, "posix_fallocate"):
+            # Reserve the disk space now: a full disk would otherwise kill the process when a mapped page is written.
+            with open(cache / "x.npy", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+        np.save(cache / "labels.npy", labels)
+        text = json.dumps(header | dict(source=str(folder), class_names=class_names, files=files)).encode()
+        atomic_write(cache / "header.json", lambda file: file.write(text))
+    except OSError as e:
+        (cache / "x.npy").unlink(missing_ok=True)  # others may need the space that it has taken
+        raise OSError(f"{cache}: cannot be made ({first_line(e)}); it takes {len(files) * row.nbytes / 1e6:,.0f} MB, "
+                      f"{shutil.disk_usage(cache.parent).free / 1e6:,.0f} MB are free") from None  # fmt: skip
 
 
 def make_cache(cfg, cache):
@@ -315,9 +388,11 @@ def make_cache(cfg, cache):
     labels.npy says what is done: UNREAD marks what is yet to do, BROKEN a file that cannot be read. Processes share
     the work, and threads read (Pillow decodes outside Python's lock).
     """
-    folder = Path(cfg.data)
+    folder = Path(cfg.data).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder}: no such folder")
     rank, world = ranks()
-    wanted = dict(format=CACHE, vae=cfg.vae, image_size=cfg.image_size, class_names=class_folders(folder))
+    wanted = dict(format=CACHE, vae=cfg.vae, image_size=cfg.image_size)
     encode, scale = load_encoder(cfg.vae, cfg.device)
     blank = np.zeros((3, cfg.image_size, cfg.image_size), np.uint8)
     if rank == 0 and not is_cache(cache):
@@ -368,10 +443,14 @@ def find_cache(cfg):
         return Path(cfg.data)
     cache = cfg.out / f"{'latents' if cfg.vae else 'images'}-{cfg.image_size}"
     if is_cache(cache):
-        source = open_cache(cache).header["source"]
-        if Path(source).resolve() != Path(cfg.data).resolve():
-            raise ValueError(f"{cache} holds the images of {source}, not of --data {cfg.data}: take another --out, "
-                             f"delete that folder, or say --data {cache}")  # fmt: skip
+        header = open_cache(cache).header
+        folder = Path(cfg.data).resolve()
+        if header["source"] != str(folder):
+            raise ValueError(f"{cache} holds the images of {header['source']}, not of --data {cfg.data}: take another "
+                             f"--out, delete that folder, or say --data {cache}")  # fmt: skip
+        if ranks()[0] == 0 and folder.is_dir() and list_images(folder, cfg.out)[1] != header["files"]:
+            print(printable(f"note: the images in {folder} are not those that {cache} was made of. It is used as it "
+                            "is: delete it to read the folder again"))  # fmt: skip
     if not is_cache(cache) or (open_cache(cache).labels == UNREAD).any():
         make_cache(cfg, cache)
     return cache
@@ -379,6 +458,8 @@ def find_cache(cfg):
 
 def load_data(cfg):
     """-> Data, of the embedded digits or of --data."""
+    if tuple(int(part) for part in PIL.__version__.split(".")[:2]) < (10, 1):
+        raise ValueError(f"Pillow is {PIL.__version__}, expected 10.1 or newer: pip install -U pillow")
     if not cfg.data:
         return embedded_data(cfg)
     cache = find_cache(cfg)
@@ -393,14 +474,14 @@ def load_data(cfg):
         raise ValueError(f"--data {cfg.data}: none of its {n} images can be read")
     for label in sorted(set(range(len(names))) - set(images.labels.tolist())):
         print(f"class {names[label]!r} has no image that can be read: it will not be learned")
-    print(f"{len(good)} images of {len(names)} classes of {images.header['source']}, {n - len(good)} left out, "
-          f"from {cache}: delete it to read them again")  # fmt: skip
+    print(f"{len(good)} images of {len(names)} classes of {printable(images.header['source'])}, {n - len(good)} left "
+          f"out, from {cache}: delete it to read them again")  # fmt: skip
     good = good[torch.randperm(len(good), generator=generator(cfg.seed, 2))]
     n_held_out = min(256, len(good) // 100)
     held_out = None
     if n_held_out:
         held_out = images[good[:n_held_out], torch.zeros(n_held_out, dtype=torch.bool)]
-    return Data(images, mirror=True, train_index=good[n_held_out:].sort().values, held_out=held_out)
+    return Data(images, mirror=not cfg.no_flip, train_index=good[n_held_out:].sort().values, held_out=held_out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -941,6 +1022,7 @@ class Run:
             decay=cfg.decay,
             seed=cfg.seed,
             dtype=cfg.dtype,
+            no_flip=cfg.no_flip or None,  # None as in states that are older than the flag
             init=self.init_fingerprint,
         )
 
@@ -1194,6 +1276,7 @@ def parse_args(argv=None):
     flag("--data", help="folder with a subfolder of images for each class, or a cache; default: the embedded digits")
     flag("--vae", help="train on the latents of this VAE, a diffusers model or folder; made once, in OUT/latents-*")
     flag("--image-size", type=positive, help="pixels; default 24 for tiny and small, 256 with --vae, else 32")
+    flag("--no-flip", action="store_true", help="mirror no images: for letters, signs, left and right hands")
     flag("--batch", type=positive, help="images a step of all processes; default 16 for tiny, small; 512 for 4.2B; 256")
     flag("--micro-batch", type=positive, help="images at a time within a step; default up to 32, as many as fit")
     flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, {PAPER.steps:,} up to 600M, "
@@ -1226,6 +1309,8 @@ def parse_args(argv=None):
         parser.error(f"argument --decay: got {flags.decay}, expected 0 or more")
     if flags.vae and not flags.data:
         parser.error("argument --vae: needs --data")
+    if flags.vae and os.path.isdir(flags.vae):
+        flags.vae = os.path.realpath(flags.vae)  # the checkpoint names it, and is sampled from other folders
     if flags.grid is not None and flags.grid < 0:
         parser.error(f"argument --grid: got {flags.grid}, expected 0 or more")
     return flags
