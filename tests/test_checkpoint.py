@@ -127,7 +127,7 @@ def test_a_training_state_is_refused(tmp_path):
     folder = tmp_path / "state-0000100"
     folder.mkdir()
     (folder / "run.json").write_text("{}")
-    assert_refused(folder, "packed.pt beside it")
+    assert_refused(folder, "train.py --export --out .* makes its packed.pt")
 
 
 @pytest.mark.parametrize(
