@@ -201,14 +201,13 @@ def report(path, model, device, seconds, n, steps):
         else:
             how = "unpacking at every call"
         print(f"packed layers run by {how}, {str(model.product_dtype).removeprefix('torch.')}")
-    codes = model.stored_bytes["codes"]
-    rest = model.stored_bytes["rest"]
-    if path.is_file():
-        on_disk = path.stat().st_size
-    else:
-        on_disk = sum(file.stat().st_size for file in path.iterdir())
-    print(f"checkpoint {in_mb(on_disk)} on disk: 2-bit codes {in_mb(codes)}, full-precision rest {in_mb(rest)}, "
-          f"container {in_mb(on_disk - codes - rest)}")  # fmt: skip
+    if not is_state(path):
+        codes = model.stored_bytes["codes"]
+        rest = model.stored_bytes["rest"]
+        file = path if path.is_file() else sorted(path.glob("consolidated*"))[-1]
+        on_disk = file.stat().st_size
+        print(f"checkpoint {in_mb(on_disk)} on disk: 2-bit codes {in_mb(codes)}, full-precision rest {in_mb(rest)}, "
+              f"container {in_mb(on_disk - codes - rest)}")  # fmt: skip
     in_memory = count_bytes([*model.buffers(), *model.parameters()])
     kind = "GPU memory" if device == "cuda" else "resident memory"
     print(f"weights in memory {in_mb(in_memory)}; peak {kind} {in_mb(peak_memory(device))}")

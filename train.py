@@ -959,23 +959,17 @@ def load_average(path, device="cpu", dtype=torch.float32, **overrides):
     """The averaged model of a state folder, for inference, packed if it is ternary."""
     config_fields = read_metadata(path)["config"] | overrides
     model = model_from_state(path, config_fields, read_average(path), device, dtype)
-    if not model.config.ternary:
-        return model
-    packed = pack_model(model)
-    n_codes = sum(buffer.numel() for buffer in packed.buffers())
-    packed.stored_bytes = dict(codes=n_codes, rest=4 * sum(p.numel() for p in packed.parameters()))
-    return packed
+    return pack_model(model) if model.config.ternary else model
 
 
 def export_newest_state(out):
-    """Write packed.pt, or full.pt, of a run that has not ended -> its path"""
+    """Write packed.pt, or full.pt, of a run that has not ended."""
     if not states(out):
         raise ValueError(f"--export: {out} holds no state of a run")
     model = load_average(states(out)[-1])
     path = out / ("packed.pt" if model.config.ternary else "full.pt")
     save_checkpoint(path, model)
     print(f"{path}: the average of {states(out)[-1]}")
-    return path
 
 
 def saved_setting(out, name):
@@ -1159,7 +1153,7 @@ def draw_curve(out):
         for name in points:
             if row[name]:
                 points[name].append((int(row["step"]), float(row[name])))
-    last_step = points["loss"][-1][0]
+    last_step = max((step for step, _ in points["loss"]), default=1)  # no row before step 10
     page = Image.new("RGB", (640, 480), "white")
     draw = ImageDraw.Draw(page)
     for top, panel in (20, {"loss": "steelblue", "val_loss": "darkorange"}), (240, {"flipped": "seagreen"}):
@@ -1368,13 +1362,13 @@ def parse_args(argv=None):
     flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, {PAPER.steps:,} up to 600M, "
          f"at 4.2B {PAPER_LARGE.steps:,} ({PAPER_LARGE_512.steps:,} at 512 pixels)")
     flag("--lr", type=number_of(1e-12, 100), help="default 4e-3 for tiny and small, else 1e-4")
-    flag("--decay", type=number_of(0, 100), help="weight decay of the blocks' matrices; default 0.3 for tiny and small, "
-         "else 0; above these sizes it ends with the first half of the steps")
+    flag("--decay", type=number_of(0, 100), help="weight decay of the blocks' matrices; default 0.3 for tiny and "
+         "small, else 0; above these sizes it ends with the first half of the steps")
     flag("--qk-norm", action=argparse.BooleanOptionalAction, help="LayerNorm on queries and keys, which makes bf16 "
          "stable; default on for S and larger, if trained from scratch")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="run folder; default runs/SIZE")
-    flag("--init", metavar="CKPT", help="start from a packed.pt, a state folder of your own or a released folder")
+    flag("--init", metavar="CKPT", help="start from a packed.pt, a run folder or a released folder")
     flag("--full-precision", action="store_true", help="no ternary weights (the paper's baseline)")
     flag("--no-adaln-norm", action="store_true", help="no RMS Norm after adaLN (the paper's ablation)")
     flag("--export", action="store_true", default=None, help="only write packed.pt of the newest state in --out")
