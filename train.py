@@ -1213,6 +1213,7 @@ class Log:
         self.codes = sample_codes(run.model) if run.model.config.ternary else None
         self.first_step = run.step
         self.start = time.time()  # of the first step; then of the second, for the first one compiles
+        self.first_is_over = False
         self.step_start = self.start
         self.shown = self.start  # when the terminal was last written to
         self.stats = []  # of the steps since the last row
@@ -1272,7 +1273,8 @@ class Log:
                   f"lr {lr:.1e}  {rate * run.cfg.batch:.3g} images/s  ETA {duration(time_left)}",
                   at_once=run.step == run.cfg.steps)  # fmt: skip
         self.step_start = time.time()
-        if run.step == self.first_step + 1 and run.step < run.cfg.steps:
+        if not self.first_is_over and run.step < run.cfg.steps:
+            self.first_is_over = True
             self.first_step = run.step
             self.start = self.step_start
 
@@ -1588,12 +1590,12 @@ def train(run):
             with log.paused_clock():
                 draw_grid(run, run.ema.module, cfg.out / f"grid-{run.step:07d}.png")
                 draw_curve(cfg.out)
-    print()
+    say("", sys.stdout)
     run.pool.shutdown(cancel_futures=True)
     stop.restore()
     if stop.requested:
         goes_on = "the same command without --fresh" if cfg.fresh else "the same command"
-        print(f"stopped at step {run.step}, saved in {cfg.out}; {goes_on} goes on")
+        say(f"stopped at step {run.step}, saved in {cfg.out}; {goes_on} goes on", sys.stdout)
         sys.exit(128 + (stop.received or signal.SIGTERM))
 
 

@@ -120,6 +120,20 @@ def end_of(out, *flags):
     return e.value.code, load_run(out)["step"]
 
 
+def test_a_terminal_that_is_closed_between_two_lines_changes_nothing(tmp_path, monkeypatch):
+    """SIGHUP comes first, and only then a line that nobody can read."""
+    reading_end, writing_end = os.pipe()
+
+    def hang_up():
+        os.close(reading_end)
+        signal.raise_signal(signal.SIGHUP)
+
+    with open(writing_end, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        at_step(monkeypatch, 3, hang_up)
+        assert end_of(tmp_path) == (128 + signal.SIGHUP, 4)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_a_run_saved_and_are_told_at_once(tmp_path, monkeypatch, capfd, number):
     told = []
@@ -195,6 +209,22 @@ def test_a_process_whose_launcher_was_killed_ends(monkeypatch):
 def test_a_clock_that_stands_still_is_survived(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1e9)
     assert run(tmp_path, "--steps", 12, "--grid", 2, "--sample-every", 6)["step"] == 12
+
+
+def test_images_per_second_leave_out_the_first_step(tmp_path, monkeypatch):
+    """A first step of 100 seconds, as compiling takes, then 2 seconds a step of 4 images."""
+    now = 1000.0
+    train_step = train.train_step
+
+    def timed_step(run, batch, show_part):
+        nonlocal now
+        now += 2 if run.step else 100
+        return train_step(run, batch, show_part)
+
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(train, "train_step", timed_step)
+    run(tmp_path, "--steps", 30)
+    assert [row["images_per_s"] for row in read_log(tmp_path / "log.csv")] == [2, 2, 2]
 
 
 def no_space(*args, **kwargs):
