@@ -3,6 +3,7 @@
 python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
 python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images of two classes
 python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
+python sample.py --ckpt runs/photos                                  what a run has learned, ended or not
 python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
 """
 
@@ -12,29 +13,33 @@ import resource
 import sys
 import time
 import unicodedata
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from terdit import Config, GaussianDiffusion, atomic_write, first_line, load_model, packed_path, read_model
+from terdit import GaussianDiffusion, atomic_write, first_line, in_dtype, load_model, packed_path
 
 STEPS = 25  # enough for the demo's digits
 PAPER_STEPS = 250
 IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
+LINE_SECONDS = 15  # between lines of progress, where they go to no terminal
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", "": "PNG"}  # of a grid, by its ending
 
 
 def main(argv=None):
     args = parse_args(argv)
-    model = load(args)
+    path = find_checkpoint(args.ckpt)
+    model = load(path, args)
     config = model.config
     classes = pick_classes(args.classes, config, everything=bool(args.npz))
     n = args.npz or args.n or 4 * len(classes)
     y = torch.tensor([classes[i % len(classes)] for i in range(n)])
     steps = args.steps or (PAPER_STEPS if config.vae else STEPS)
-    if Path(args.ckpt).is_dir():
+    if path.is_dir() and not is_state(path):
         name = config.class_names[classes[0]]
         print(f"released checkpoint: class names are ImageNet's indices ({name} is row {classes[0]})")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
@@ -46,26 +51,49 @@ def main(argv=None):
     seconds = time.time() - start
 
     if not images.isfinite().all():
-        raise ValueError(f"{args.ckpt}: the samples are not finite; is the checkpoint damaged?")
+        raise ValueError(f"{path}: the samples are not finite; is the checkpoint damaged?")
     if args.npz:
         atomic_write(args.out, lambda file: np.savez(file, to_uint8(images), y.numpy()))
     else:
         save_grid(images, min(len(classes), n), args.out)
-    report(args.ckpt, model, args.device, seconds, n, steps)
+    report(path, model, args.device, seconds, n, steps)
     print(f"wrote {args.out}")
 
 
-def load(args):
-    """The model that --ckpt names, in eval mode."""
+def is_state(path):
+    """Whether this is a folder state-NNNNNNN of train.py."""
+    return (path / "run.json").is_file()
+
+
+def find_checkpoint(path):
+    """A run folder of train.py -> the newest of packed.pt, full.pt and its last state; other paths stay as they are."""
+    path = Path(path)
+    found = [path / name for name in ("packed.pt", "full.pt") if (path / name).is_file()]
+    states = [state for state in path.glob("state-*") if state.suffix != ".tmp" and is_state(state)]
+    if states:
+        found.append(max(states, key=lambda state: (len(state.name), state.name)))  # seven digits, or more
+    return max(found, key=os.path.getmtime, default=path)
+
+
+def load(path, args):
+    """The model that find_checkpoint found, in eval mode."""
     overrides = {}
-    if args.vae is not None:
-        overrides["vae"] = args.vae
-        if read_model(args.ckpt)[0].get("vae") is None:
-            raise ValueError(f"--vae {args.vae}: {args.ckpt} draws pixels, there are no latents to decode")
     if args.n_heads is not None:
         overrides["n_heads"] = args.n_heads
-    dtype = args.dtype or default_dtype(args.device, Config(**read_model(args.ckpt)[0]))
-    return load_model(args.ckpt, args.device, DTYPES[dtype], **overrides)
+    if is_state(path):
+        from train import load_average  # not above: train.py imports this file
+
+        warnings.filterwarnings("ignore", module=r"torch\.distributed")  # states that a single process reads
+        print(f"{path}: the average of a run that has not ended")
+        model = load_average(path, args.device, **overrides)
+    else:
+        model = load_model(path, args.device, **overrides)
+    if args.vae is not None:
+        if model.config.vae is None:
+            raise ValueError(f"--vae {args.vae}: {args.ckpt} draws pixels, there are no latents to decode")
+        model.config.vae = args.vae
+    dtype = args.dtype or default_dtype(args.device, model.config)
+    return in_dtype(model, DTYPES[dtype])
 
 
 def default_dtype(device, config):
@@ -189,14 +217,13 @@ def report(path, model, device, seconds, n, steps):
         else:
             how = "unpacking at every call in PyTorch"
         print(f"packed layers run by {how}, {str(model.product_dtype).removeprefix('torch.')}")
-    tensors = read_model(path)[1].values()
-    codes = count_bytes(t for t in tensors if t.dtype == torch.uint8)
-    rest = count_bytes(t for t in tensors if t.dtype != torch.uint8)
-    path = Path(path)
-    file = path if path.is_file() else sorted(path.glob("consolidated*"))[-1]
-    on_disk = file.stat().st_size
-    print(f"checkpoint {in_mb(on_disk)} on disk: 2-bit codes {in_mb(codes)}, full-precision rest {in_mb(rest)}, "
-          f"container {in_mb(on_disk - codes - rest)}")  # fmt: skip
+    if not is_state(path):
+        codes = model.stored_bytes["codes"]
+        rest = model.stored_bytes["rest"]
+        file = path if path.is_file() else sorted(path.glob("consolidated*"))[-1]
+        on_disk = file.stat().st_size
+        print(f"checkpoint {in_mb(on_disk)} on disk: 2-bit codes {in_mb(codes)}, full-precision rest {in_mb(rest)}, "
+              f"container {in_mb(on_disk - codes - rest)}")  # fmt: skip
     in_memory = count_bytes([*model.buffers(), *model.parameters()])
     kind = "GPU memory" if device == "cuda" else "resident memory"
     print(f"weights in memory {in_mb(in_memory)}; peak {kind} {in_mb(peak_memory(device))}")
@@ -206,10 +233,10 @@ def report(path, model, device, seconds, n, steps):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--ckpt", required=True, help="packed.pt, or a released TerDiT or Large-DiT folder")
+    flag("--ckpt", required=True, help="packed.pt, a run folder of train.py, or a released TerDiT or Large-DiT folder")
     flag("--classes", nargs="+", help="names or indices; all classes by default (eight of more than ten)")
     flag("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
-    flag("--cfg", type=float, default=1.5, help="guidance scale; 1 is none (default 1.5)")
+    flag("--cfg", type=number_of(0, 100), default=1.5, help="guidance scale; 1 is none (default 1.5)")
     flag("--guided-channels", type=positive, metavar="N", help="guide the first N channels; default all; upstream 3")
     flag("--steps", type=positive, help=f"denoising steps; default {STEPS}, for latents the paper's {PAPER_STEPS}")
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddpm", help="dpm (DPM-Solver++) takes the fewest steps")
@@ -230,9 +257,17 @@ def parse_args(argv=None):
         parser.error("--npz N says how many images: leave out --n")
     if args.out is None:
         args.out = "samples.npz" if args.npz else "grid.png"
-    folder = Path(args.out).absolute().parent
-    if Path(args.out).is_dir():
+    target = Path(os.path.realpath(args.out))
+    folder = target.parent
+    if target.is_dir():
         parser.error(f"argument --out: {args.out} is a folder, expected a file")
+    ending = Path(args.out).suffix.lower()
+    endings = {".npz", ""} if args.npz else FORMATS.keys()
+    if ending not in endings:
+        parser.error(f"argument --out: {args.out} ends in {ending}, expected {', '.join(sorted(endings - {''}))}"
+                     f"{'; --npz N writes .npz' if ending == '.npz' else ''}")  # fmt: skip
+    if target.exists() and not target.is_file():
+        return args  # a device or a pipe, in a folder that need not be writable
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         parser.error(f"argument --out: {folder} is not a folder that can be written to")
     return args
@@ -278,7 +313,10 @@ def to_uint8(x):
 
 
 def save_grid(x, columns, path):
-    """Images (n, 3, H, W) row by row into one PNG, enlarged to a width that a person can see (at most 1600 pixels)."""
+    """Images (n, 3, H, W) row by row into one picture, in the format of the path's ending.
+
+    It is enlarged to a width that a person can see (at most 1600 pixels).
+    """
     images = to_uint8(x)
     n, h, w, _ = images.shape
     rows = -(-n // columns)  # rounded up
@@ -288,26 +326,43 @@ def save_grid(x, columns, path):
     picture = Image.fromarray(sheet)
     zoom = max(1, min(96 // w, 1600 // picture.width))
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    atomic_write(path, lambda file: picture.save(file, "PNG"))
+    picture_format = FORMATS[Path(path).suffix.lower()]
+    atomic_write(path, lambda file: picture.save(file, picture_format, quality=95))
+
+
+def say(text, stream, end="\n"):
+    """print to stdout or stderr -> whether it can be read. A closed pipe or terminal is no error from then on."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+        return True
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
 
 
 class Progress:
-    """One live line: the share of `total` that is done, and the time left."""
+    """The share of `total` that is done, and the time left: one live line, or where stderr is no terminal a line every
+    LINE_SECONDS."""
 
     def __init__(self, total, what="sampling"):
         self.total = total
         self.what = what
         self.done = 0
         self.start = time.time()
+        self.shown = self.start
 
     def __call__(self, n):
         self.done += n
-        if not sys.stderr.isatty():
+        live = sys.stderr.isatty()
+        if not live and (time.time() - self.shown < LINE_SECONDS or int(os.environ.get("RANK", 0)) > 0):
             return
+        self.shown = time.time()
         seconds_left = (time.time() - self.start) * (self.total - self.done) / self.done
-        line = f"\r{self.what} {self.done / self.total:4.0%}, {seconds_left:.0f} s left   "
-        end = "\n" if self.done >= self.total else ""
-        print(line, end=end, file=sys.stderr, flush=True)
+        line = f"{self.what} {self.done / self.total:4.0%}, {seconds_left:.0f} s left"
+        if live:
+            say(f"\r{line}   ", sys.stderr, end="\n" if self.done >= self.total else "")
+        else:
+            say(line, sys.stderr)
 
 
 def printable(text):
@@ -317,9 +372,21 @@ def printable(text):
 
 def positive(text):
     """argparse type: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
+    if not text.isdigit() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1 (and at most 10^9)")
     return int(text)
+
+
+def number_of(low, high):
+    """argparse type: a number of low to high; nan is none."""
+
+    def number(text):
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"got {text}, expected a number of {low} to {high}")
+        return value
+
+    return number
 
 
 def check_common(parser, args):
@@ -341,8 +408,8 @@ def run_main(main):
             raise
         sys.exit(f"error: out of memory ({first_line(e)}). Try a smaller --micro-batch, --image-size or --size, or "
                  "--checkpointing (train.py); a smaller --batch (sample.py)")  # fmt: skip
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    except KeyboardInterrupt as e:
+        sys.exit(str(e) or "stopped")
 
 
 def is_out_of_memory(e):

@@ -18,15 +18,18 @@ A weight matrix is (N, K), N outputs and K inputs. It multiplies x (M, K), whose
 """
 
 import ctypes
+import io
 import math
 import os
+import pickle
 import shlex
 import subprocess
 import tempfile
 import time
 import warnings
+import zipfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,11 +71,22 @@ class Config:
     latent_scale: float = 0.18215  # latents are multiplied by it to have a variance of about 1 (SD VAE)
 
     def __post_init__(self):
-        sizes = ("input_size", "patch_size", "in_channels", "dim", "n_layers", "n_heads", "multiple_of", "num_classes")
-        for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}, expected a whole number above 0")
+        for field in fields(self):  # of any type: they may come from a damaged or hostile file
+            value = getattr(self, field.name)
+            is_bool = isinstance(value, bool)
+            if field.type is int:
+                expected = "a whole number of 1 to 1,048,576"
+                is_good = isinstance(value, int) and not is_bool and 1 <= value <= 1 << 20
+            elif field.type is float:
+                expected = "a number of 0 to 1,000"
+                is_good = isinstance(value, (int, float)) and not is_bool and 0 <= value <= 1000
+            else:
+                expected = getattr(field.type, "__name__", str(field.type))
+                is_good = isinstance(value, field.type)
+            if not is_good:
+                raise ValueError(f"{field.name}={value!r:.99}, expected {expected}")
+        if self.class_names and not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError(f"class_names={self.class_names!r:.99}, expected text")
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim={self.dim} must split into n_heads={self.n_heads} heads of even width")
         if self.input_size % self.patch_size:
@@ -757,16 +771,24 @@ FORMAT = "terdit-1"
 
 
 def atomic_write(path, write):
-    """write(file) into a file beside `path`, then rename it: a crash or a full disk leaves the old file whole."""
-    path = Path(path)
-    tmp_path = path.with_name(path.name + ".tmp")
+    """write(file) into a file beside `path`, then rename it: a crash or a full disk leaves the old file whole.
+
+    Where `path` is a link, its target is replaced. A device or a pipe is written to as it is. OSError names the path.
+    """
+    target = Path(os.path.realpath(path))
+    tmp_path = target.with_name(target.name + ".tmp")
     try:
+        if target.exists() and not target.is_file():
+            content = io.BytesIO()  # zip files are written back and forth, which a device cannot do
+            write(content)
+            target.write_bytes(content.getvalue())
+            return
         with open(tmp_path, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(tmp_path, path)
-    except RuntimeError as e:  # what torch.save raises when the disk is full
+        os.replace(tmp_path, target)
+    except (RuntimeError, OSError) as e:  # torch.save raises a RuntimeError when the disk is full
         raise OSError(f"{path}: cannot be written ({first_line(e)})") from None
     finally:
         tmp_path.unlink(missing_ok=True)
@@ -781,12 +803,37 @@ def save_checkpoint(path, model):
 
 def read_checkpoint(path, expected):
     """torch.load that runs no code (weights_only) and says what was wrong. `expected` names what the file should be."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError(f"{path}: not a regular file; expected {expected}")
+    n_bytes = path.stat().st_size
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; expected {expected}") from None
-    except Exception as e:  # a damaged pickle raises almost anything
+        members = zipfile.ZipFile(path).infolist()
+        # torch.save compresses nothing. What is compressed could fill the memory when it is unpacked.
+        is_plain = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not is_plain or sum(member.file_size for member in members) > n_bytes:
+            raise ValueError("its parts are compressed, or larger than the file")
+        # Not mapped into memory (mmap=True): a file that is replaced later must not change the model.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's words advise to load it with weights_only=False, which would run its code
+        raise ValueError(f"{path}: not {expected}: it holds more than tensors, and may be hostile") from None
+    except Exception as e:  # a damaged file raises almost anything
         raise ValueError(f"{path}: not {expected}, or cut short ({first_line(e)})") from None
+
+
+def check_tensors(path, state):
+    """Raise ValueError if a state dict that was read from the file `path` holds other than plain tensors, or more bytes
+    than the file: a tensor of stride 0 is small in a file and may be huge in memory."""
+    n_bytes = 0
+    for name, value in state.items():
+        is_tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(name, str) or not is_tensor:
+            raise ValueError(f"{path}: damaged: {name!r:.99} is no plain tensor")
+        n_bytes += value.numel() * value.element_size()
+    if n_bytes > path.stat().st_size:
+        raise ValueError(f"{path}: damaged: its tensors would take {n_bytes:,} bytes, more than the file has")
 
 
 def released_config(state, args):
@@ -830,22 +877,24 @@ def read_released(folder):
     candidates = [folder / "consolidated_ema_ternary.00-of-01.pth", folder / "consolidated_ema.00-of-01.pth"]
     weights = next((path for path in candidates if path.is_file()), None)
     if weights is None:
-        raise FileNotFoundError(f"{folder}: a released folder holds {' or '.join(path.name for path in candidates)}")
+        names = ", ".join(path.name for path in candidates)
+        raise FileNotFoundError(f"{folder}: no checkpoint in it: a run folder holds packed.pt, a released one {names}")
     with torch.serialization.safe_globals([Namespace]):
         args = read_checkpoint(folder / "model_args.pth", "a released model's arguments")
     state = read_checkpoint(weights, "a released model's weights")
     try:
+        check_tensors(weights, state)
         return released_config(state, args), state
-    except (LookupError, ValueError, TypeError, AttributeError) as e:
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as e:
         raise ValueError(f"{weights}: not the weights of a TerDiT or Large-DiT ({e})") from None
 
 
 def read_model(path):
-    """A file of save_checkpoint or a released folder -> Config fields, state dict (on the CPU, mapped, not copied)."""
+    """A file of save_checkpoint or a released folder -> Config fields, state dict (on the CPU)."""
     path = Path(path)
     expected = f"a checkpoint of this project (format {FORMAT!r})"
     if (path / "run.json").is_file():
-        raise ValueError(f"{path}: a training state: take the packed.pt beside it")
+        raise ValueError(f"{path}: a training state: train.py --export --out {path.parent} makes its packed.pt")
     if path.is_dir():
         return read_released(path)
     ckpt = read_checkpoint(path, expected)
@@ -853,14 +902,19 @@ def read_model(path):
         raise ValueError(f"{path}: not {expected}, but a foreign file")
     if not (isinstance(ckpt.get("config"), dict) and isinstance(ckpt.get("model"), dict)):
         raise ValueError(f"{path}: damaged: {expected} holds a config and a model")
+    check_tensors(path, ckpt["model"])
     return ckpt["config"], ckpt["model"]
 
 
 def checked_state(state, packed):
-    """The tensors of a checkpoint, their types checked: packed codes are uint8, all else is cast to fp32."""
+    """The tensors of a checkpoint, their types checked: packed codes are uint8, all else is cast to fp32.
+
+    `state` is emptied on the way, so that what is cast is not in memory twice.
+    """
     ternary = {name.removesuffix("alphas") + "weight" for name in state if name.endswith("alphas")}
     checked = {}
-    for name, value in state.items():
+    for name in list(state):
+        value = state.pop(name)
         if packed and name in ternary:
             check_packed(value, name)
         elif not value.is_floating_point():
@@ -874,27 +928,49 @@ def checked_state(state, packed):
 def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     """Load a DiT for inference, with its `.config`: a file of save_checkpoint, or a released folder.
 
-    dtype is that of products with ternary weights (DiT.set_product_dtype); for int8 they are packed, if they are not.
-    All else is fp32, but a full-precision model is in dtype as a whole. `overrides` replace Config fields: a released
-    folder does not say n_heads (32 in all of them). Raises ValueError or FileNotFoundError, naming the file.
+    dtype is that of products with ternary weights (in_dtype). `overrides` replace Config fields: a released folder does
+    not say n_heads (32 in all of them). Raises ValueError or OSError, naming the file.
     """
-    fields, state = read_model(path)
+    config_fields, state = read_model(path)
+    return model_from_state(path, config_fields | overrides, state, device, dtype)
+
+
+def model_from_state(path, config_fields, state, device="cpu", dtype=torch.float32):
+    """load_model of what was read from `path` already; `state` is emptied. model.stored_bytes is what the file takes:
+    2-bit codes, and the rest."""
+    stored_bytes = dict(codes=0, rest=0)
     try:
-        config = Config(**{**fields, **overrides})
+        for value in state.values():
+            stored_bytes["codes" if value.dtype == torch.uint8 else "rest"] += value.numel() * value.element_size()
+        config = Config(**config_fields)
+        if 10 * config.n_layers > len(state):  # a block has more than ten; said before all blocks are built
+            raise ValueError(f"n_layers={config.n_layers}, but it holds only {len(state)} tensors")
         packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
         with torch.device("meta"):
             model = DiT(config, packed=packed)
         model.load_state_dict(checked_state(state, packed), assign=True)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path}: damaged, or its config is wrong: {' '.join(str(e).split())[:300]}") from None
-    if dtype == torch.int8 and not config.ternary:
-        raise ValueError(f"{path}: int8 is for ternary weights, this checkpoint is in full precision")
-    if dtype == torch.int8 and not packed:
+    model.stored_bytes = stored_bytes
+    model.eval().requires_grad_(False)
+    return in_dtype(model, dtype).to(device)
+
+
+def in_dtype(model, dtype):
+    """A model for inference whose products with ternary weights are in dtype; for int8 they are packed, if they are not.
+
+    All else stays in fp32 (DiT.set_product_dtype). A full-precision model is in dtype as a whole.
+    """
+    if not model.config.ternary:
+        if dtype == torch.int8:
+            raise ValueError("int8 is for ternary weights, this checkpoint is in full precision")
+        return model.to(dtype)
+    if dtype == torch.int8 and not any(isinstance(module, PackedTernaryLinear) for module in model.modules()):
+        stored_bytes = model.stored_bytes
         model = pack_model(model)
+        model.stored_bytes = stored_bytes
     model.set_product_dtype(dtype)
-    if not config.ternary:
-        model.to(dtype)
-    return model.to(device).eval().requires_grad_(False)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------

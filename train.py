@@ -10,16 +10,19 @@ step and a sample's place in the batch, so no random state is saved: a resumed r
 CPU process bit for bit. More processes, or other micro-batches, change the order of additions and nothing else.
 
 The order of this file: settings, data, batches, optimizer, memory, many processes, saved states, a step, the log, and
-last `main`, the loop. Read `main` first if you like.
+last `main`, with `train`, the loop. Read `train` first if you like.
 """
 
 import argparse
 import colorsys
 import errno
+import fcntl
 import json
 import math
 import os
+import pickle
 import re
+import socket
 import shutil
 import signal
 import sys
@@ -47,10 +50,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import STEPS, Progress, check_common, generator, load_decoder, load_vae, peak_memory, positive
-from sample import printable, run_main, sample_images, save_grid
+import sample
+from sample import STEPS, Progress, check_common, find_checkpoint, generator, is_state, load_decoder, load_vae
+from sample import number_of, peak_memory, positive, printable, run_main, sample_images, save_grid, say
 from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
-from terdit import atomic_write, first_line, load_model, pack_model, save_checkpoint, unpack_ternary
+from terdit import atomic_write, first_line, load_model, model_from_state, pack_model, save_checkpoint, unpack_ternary
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -80,7 +84,7 @@ class TrainConfig:
     betas: tuple = (0.9, 0.999)
     decay: float = 0.0  # weight decay of the blocks' matrices
     decay_until: float = 0.5  # share of the steps after which there is none (two stages, as in BitNet b1.58's notes)
-    ema: float = 0.9999  # what is exported is an average of the weights
+    ema: float = 0.9999  # what is exported is an average of the weights; reached slowly, see warmed_up_average
     seed: int = 0
 
     out: Path | None = None  # run folder
@@ -550,10 +554,9 @@ def draw_timesteps(n, diffusion, rng):
 
 def read_init(path):
     """What --init names -> its Config, and its state dict with full-precision weights."""
-    run_file = Path(path) / "run.json"
-    if run_file.is_file():  # a training state: take its averaged weights
-        state = {name.removeprefix("ema."): value for name, value in read_state(path, "ema.").items()}
-        return Config(**json.loads(run_file.read_text())["config"]), state
+    path = find_checkpoint(path)
+    if is_state(path):
+        return Config(**read_metadata(path)["config"]), read_average(path)
     model = load_model(path)
     state = model.state_dict()
     for name, module in model.named_modules():
@@ -653,6 +656,20 @@ def make_optimizer(model, cfg):
     ]
     groups = [group for group in groups if group["params"]]  # full precision has no alphas
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+
+
+def warmed_up_average(decay):
+    """An exponential moving average for AveragedModel. Its decay grows as n, the number of weights averaged so far.
+
+    With the full decay from the start, a run shorter than some 1 / (1 - decay) steps would export mostly the random
+    weights that it started from.
+    """
+
+    def update(averaged, current, n):
+        n = n.item()
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, n)
+
+    return update
 
 
 def learning_rate(cfg, step):
@@ -861,7 +878,31 @@ def shard_model(model, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # The state of a run on disk: everything that an exact resume needs
 
-STATE = "terdit-state-2"
+STATE = "terdit-state-3"
+
+
+@contextmanager
+def locked(out):
+    """Make the run folder, and keep other runs out of it: two would mix their states and logs.
+
+    The lock is the operating system's, so a killed run leaves none behind. Of many processes the first one holds it.
+    """
+    if ranks()[0] > 0:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise ValueError(f"--out {out}: {holder} trains there: wait, stop it, or take another --out") from None
+        except OSError as e:
+            print(f"note: {out} cannot be locked ({first_line(e)}): start no second run there")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
 
 
 def states(out):
@@ -882,46 +923,107 @@ def save_state(out, tensors, metadata):
     is_first = ranks()[0] == 0
     try:
         dcp.save(tensors, checkpoint_id=tmp_path)  # flushed to the disk
+        checksums = file_checksums(tmp_path)
         if is_first:
-            text = json.dumps(metadata).encode()
+            text = json.dumps(metadata | dict(checksums=checksums)).encode()
             atomic_write(tmp_path / "run.json", lambda file: file.write(text))
             os.rename(tmp_path, path)
-    except (dcp.CheckpointException, OSError) as e:
+    except (dcp.CheckpointException, OSError, KeyboardInterrupt) as e:
         # torch reports a full disk as "unexpected pos", so the free space is said too.
         free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(tmp_path, ignore_errors=True)
         kept = f"{states(out)[-1]} is whole" if states(out) else "nothing was saved before"
-        raise OSError(f"{path}: cannot be written ({failure(e)}; {free:,.0f} MB free); {kept}") from None
+        if isinstance(cause(e), KeyboardInterrupt):
+            raise KeyboardInterrupt(f"stopped while {path} was written, which is lost; {kept}") from None
+        raise OSError(f"{path}: cannot be written ({first_line(cause(e))}; {free:,.0f} MB free); {kept}") from None
     if is_first:
         for old in states(out)[:-2]:
             remove_state(old)
     barrier()
 
 
-def failure(e):
-    """One line of an exception. DCP collects one for each process: of these the first."""
-    if isinstance(e, dcp.CheckpointException):
-        e = next(iter(e.failures.values()))[0]
-    return first_line(e)
+def cause(e):
+    """DCP collects an exception for each process: of these the first."""
+    return next(iter(e.failures.values()))[0] if isinstance(e, dcp.CheckpointException) else e
 
 
 def damaged_error(path, why):
     return ValueError(f"{path}: damaged ({why}); delete it to go on from the one before, or --fresh")
 
 
-def load_tensors(path, tensors):
-    """Fill tensors, in place, from a state folder that any number of processes wrote.
+def file_checksums(path):
+    """CRC-32 of each file of a state but run.json, by name. The processes share the work."""
+    rank, world = ranks()
+    names = sorted(file.name for file in path.iterdir() if file.name != "run.json")
+    checksums = {}
+    for name in names[rank::world]:
+        checksums[name] = 0
+        with open(path / name, "rb") as file:
+            while block := file.read(1 << 24):
+                checksums[name] = zlib.crc32(block, checksums[name])
+    parts = [checksums for _ in range(world)]
+    if world > 1:
+        dist.all_gather_object(parts, checksums)
+    return {name: checksum for part in parts for name, checksum in part.items()}
 
-    Its index is a pickle, which can run code: load only your own. (What is shared is packed.pt.)
-    """
+
+def read_metadata(path):
+    """run.json of a state folder, or ValueError: what is wrong with it."""
+    try:
+        saved = json.loads((path / "run.json").read_text())
+        if saved["format"] == STATE:
+            Config(**saved["config"])
+            wanted = dict(step=int, steps=int, micro_batch=int, torch=str, dtype=str, checksums=dict)
+            for name, kind in wanted.items():
+                if not isinstance(saved[name], kind):
+                    raise ValueError(f"{name}={saved[name]!r:.99}")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
+        raise damaged_error(path, f"run.json: {e!r:.200}") from None
+    if saved["format"] != STATE:
+        raise ValueError(f"{path} was trained with format={saved['format']!r}, this command says {STATE!r}: take the "
+                         f"train.py that wrote it, another --out, or --fresh")  # fmt: skip
+    return saved
+
+
+def verify_state(path):
+    """Raise ValueError if a file of a state is not what was written, or its index is hostile."""
+    written = read_metadata(path)["checksums"]
+    found = file_checksums(path)
+    for name in sorted(written.keys() | found.keys()):
+        if found.get(name) != written.get(name):
+            change = "has changed since it was written" if name in found else "is missing"
+            raise damaged_error(path, f"{name} {change}")
+    try:
+        with open(path / ".metadata", "rb") as file:
+            IndexUnpickler(file).load()
+    except Exception as e:  # a hostile pickle raises anything
+        raise damaged_error(path, first_line(e)) from None
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a state and nothing else: pickles can run code, and the state may be from someone else."""
+
+    NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+             "_MEM_FORMAT_ENCODING", "StorageMeta", "_StorageInfo", "_get_layout", "Size", "PosixPath"}  # fmt: skip
+
+    def find_class(self, module, name):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module.split(".")[0] not in ("torch", "pathlib") or not (is_dtype or name in self.NAMES):
+            raise ValueError(f"its index speaks of {module}.{name}, and may be hostile")
+        return super().find_class(module, name)
+
+
+def load_tensors(path, tensors):
+    """Fill tensors, in place, from a state folder that any number of processes wrote."""
     try:
         dcp.load(tensors, checkpoint_id=path)
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as e:
-        raise damaged_error(path, failure(e)) from None
+        raise damaged_error(path, first_line(cause(e))) from None
 
 
 def read_state(path, prefix=""):
     """The tensors of a state folder whose names start with prefix, whole, on the CPU."""
+    verify_state(path)
     index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     names = [name for name in index if name.startswith(prefix)]
     tensors = {name: torch.empty(index[name].size, dtype=index[name].properties.dtype) for name in names}
@@ -929,24 +1031,47 @@ def read_state(path, prefix=""):
     return tensors
 
 
-def saved_micro_batch(out):
-    """That of the newest state, or None."""
+def read_average(path):
+    """The averaged weights of a state folder, by their names in the model."""
+    return {name.removeprefix("ema."): value for name, value in read_state(path, "ema.").items()}
+
+
+def load_average(path, device="cpu", **overrides):
+    """The averaged model of a state folder, for inference, packed if it is ternary."""
+    config_fields = read_metadata(path)["config"] | overrides
+    model = model_from_state(path, config_fields, read_average(path), device)
+    if not model.config.ternary:
+        return model
+    packed = pack_model(model)
+    packed.stored_bytes = model.stored_bytes
+    return packed
+
+
+def export_newest_state(out):
+    """Write packed.pt, or full.pt, of a run that has not ended."""
+    if not states(out):
+        raise ValueError(f"--export: {out} holds no state of a run")
+    model = load_average(states(out)[-1])
+    path = out / ("packed.pt" if model.config.ternary else "full.pt")
+    save_checkpoint(path, model)
+    print(f"{path}: the average of {states(out)[-1]}")
+
+
+def saved_setting(out, name):
+    """micro_batch or dtype of the newest state, or None."""
     try:
-        return json.loads((states(out)[-1] / "run.json").read_text())["micro_batch"]
-    except (OSError, ValueError, LookupError, TypeError):  # no state; a damaged one is refused later, by name
+        return read_metadata(states(out)[-1])[name]
+    except (ValueError, LookupError):  # no state; a damaged one is refused later, by name
         return None
 
 
 def check_state(path, metadata):
     """The step of the state in `path` if its run is the one that metadata describes, or ValueError: what differs."""
-    try:
-        saved = json.loads((path / "run.json").read_text())
-        theirs = saved["config"] | saved
-        step = saved["step"]
-        steps = saved["steps"]
-        version = saved["torch"]
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise damaged_error(path, repr(e)) from None
+    saved = read_metadata(path)
+    theirs = saved["config"] | saved
+    step = saved["step"]
+    steps = saved["steps"]
+    version = saved["torch"]
     for field, here in (metadata["config"] | metadata).items():
         if field in ("step", "steps", "torch", "micro_batch") or here == theirs.get(field):
             continue
@@ -955,7 +1080,8 @@ def check_state(path, metadata):
             difference = "another list of images"
         raise ValueError(f"{path} was trained with {difference}: use the same, another --out, or --fresh")
     if step > metadata["steps"]:
-        raise ValueError(f"{path} is at step {step} already, --steps says {metadata['steps']}")
+        raise ValueError(f"{path} is at step {step} already, --steps says {metadata['steps']}: "
+                         "--export writes the model as it is, --fresh starts over")  # fmt: skip
     if steps != metadata["steps"]:
         print(f"note: planned for {steps} steps before, now {metadata['steps']}: the learning rate follows")
     if version != metadata["torch"]:
@@ -1105,6 +1231,32 @@ def draw_grid(run, model, path):
     save_grid(images, min(n, n_classes), path)
 
 
+def draw_curve(out):
+    """log.csv as curve.png: above loss and val_loss, below the share of ternary codes that flipped in 100 steps."""
+    points = {"loss": [], "val_loss": [], "flipped": []}
+    for line in (out / "log.csv").read_text().splitlines()[1:]:
+        row = dict(zip(Log.FIELDS, line.split(",")))
+        for name in points:
+            if row[name]:
+                points[name].append((int(row["step"]), float(row[name])))
+    last_step = max((step for step, _ in points["loss"]), default=1)  # no row before step 10
+    page = Image.new("RGB", (640, 480), "white")
+    draw = ImageDraw.Draw(page)
+    for top, panel in (20, {"loss": "steelblue", "val_loss": "darkorange"}), (240, {"flipped": "seagreen"}):
+        highest = max((value for name in panel for _, value in points[name]), default=0) or 1
+        draw.rectangle((60, top, 620, top + 200), outline="gray")
+        draw.text((10, top), f"{highest:.3g}", fill="black")
+        draw.text((10, top + 190), "0", fill="black")
+        for i, (name, colour) in enumerate(panel.items()):
+            draw.text((550, top + 10 + 16 * i), name, fill=colour)
+            line = [(60 + 560 * step / last_step, top + 200 * (1 - value / highest)) for step, value in points[name]]
+            draw.line(line, fill=colour, width=2)
+            for x, y in line[-1:]:  # a single value makes no line
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+    draw.text((60, 455), f"steps 1 to {last_step}", fill="black")
+    atomic_write(out / "curve.png", lambda file: page.save(file, "PNG"))
+
+
 def sample_codes(model):
     """The codes of one ternary weight in 17 of this process's part of the model, int8."""
     codes = []
@@ -1147,6 +1299,7 @@ class Log:
         self.codes = sample_codes(run.model) if run.model.config.ternary else None
         self.first_step = run.step
         self.start = time.time()  # of the first step; then of the second, for the first one compiles
+        self.first_is_over = False
         self.step_start = self.start
         self.shown = self.start  # when the terminal was last written to
         self.stats = []  # of the steps since the last row
@@ -1154,16 +1307,18 @@ class Log:
     def open_csv(self, path):
         rows = []
         if self.run.step and path.is_file():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines()[1:]:
                 step = line.split(",")[0]
-                if step.isdigit() and int(step) <= self.run.step:
+                if not (line.isascii() and step.isdigit() and line.count(",") == len(self.FIELDS) - 1):
+                    print(f"{path}: a damaged row is left out")
+                elif int(step) <= self.run.step:
                     rows.append(line)
         text = "\n".join([",".join(self.FIELDS), *rows]) + "\n"
         atomic_write(path, lambda file: file.write(text.encode()))
         return open(path, "a", buffering=1)
 
     def steps_per_second(self):
-        return max(1, self.run.step - self.first_step) / (time.time() - self.start)
+        return max(1, self.run.step - self.first_step) / max(1e-6, time.time() - self.start)
 
     @contextmanager
     def paused_clock(self):
@@ -1178,13 +1333,12 @@ class Log:
     def show(self, line, at_once=False):
         """The terminal shows one line that changes, twice a second; a file gets a line every 15 seconds."""
         live = sys.stdout.isatty()
-        if time.time() - self.shown < (0.5 if live else 15) and not at_once:
+        if time.time() - self.shown < (0.5 if live else sample.LINE_SECONDS) and not at_once:
             return
         self.shown = time.time()
-        if live:
-            print(f"\r{line:<100}", end="", flush=True)
-        else:
-            print(line, flush=True)
+        is_read = say(f"\r{line:<100}" if live else line, sys.stdout, end="" if live else "\n")
+        if not is_read:  # `| head` has ended, or the terminal is closed
+            signal.raise_signal(signal.SIGTERM)
 
     def show_part(self, n_done):
         """In the middle of a step, which may take minutes."""
@@ -1205,7 +1359,8 @@ class Log:
                   f"lr {lr:.1e}  {rate * run.cfg.batch:.3g} images/s  ETA {duration(time_left)}",
                   at_once=run.step == run.cfg.steps)  # fmt: skip
         self.step_start = time.time()
-        if run.step == self.first_step + 1 and run.step < run.cfg.steps:
+        if not self.first_is_over and run.step < run.cfg.steps:
+            self.first_is_over = True
             self.first_step = run.step
             self.start = self.step_start
 
@@ -1238,23 +1393,37 @@ class Log:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM: remembered when they come, and looked at once a step, by all processes together."""
+    """Ctrl-C, SIGTERM and a closed terminal: remembered when they come, and looked at once a step, by all processes
+    together. A third Ctrl-C ends without saving."""
 
     def __init__(self):
         self.received = None  # the signal's number
         self.requested = False  # by any of the processes
-        self.usual_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in self.usual_handlers:
-            signal.signal(number, self.on_signal)
+        self.n_ctrl_c = 0
+        self.launcher = os.getppid()
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        self.usual_handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
 
     def on_signal(self, number, frame):
+        # torchrun sends on what the terminal has sent to all: so only a single process counts.
+        if number == signal.SIGINT and ranks()[1] == 1:
+            self.n_ctrl_c += 1
+        if self.n_ctrl_c == 3:
+            raise KeyboardInterrupt("ended without saving")
+        if ranks()[0] == 0 and (self.received is None or self.n_ctrl_c == 2):
+            words = "once more ends without saving" if self.n_ctrl_c == 2 else "ends after this step, and saves"
+            try:
+                os.write(2, f"\n{signal.Signals(number).name}: {words}\n".encode())  # print is not safe in a handler
+            except OSError:
+                pass  # the terminal is closed
         if self.received is None:
             self.received = number
-        # A second Ctrl-C stops at once, but not under torchrun, which sends on what the terminal has sent to all.
-        if ranks()[1] == 1:
-            signal.signal(number, self.usual_handlers[number])
 
     def sync(self):
+        if ranks()[1] > 1 and os.getppid() != self.launcher:  # it was killed, and its processes are orphans
+            self.received = self.received or signal.SIGTERM
         n_received = all_sum(torch.tensor(float(self.received is not None)))
         self.requested = n_received.item() > 0
 
@@ -1281,16 +1450,17 @@ def parse_args(argv=None):
     flag("--micro-batch", type=positive, help="images at a time within a step; default up to 32, as many as fit")
     flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, {PAPER.steps:,} up to 600M, "
          f"at 4.2B {PAPER_LARGE.steps:,} ({PAPER_LARGE_512.steps:,} at 512 pixels)")
-    flag("--lr", type=float, help="default 4e-3 for tiny and small, else 1e-4")
-    flag("--decay", type=float, help="weight decay of the blocks' matrices; default 0.3 for tiny and small, else 0; "
-         "above these sizes it ends with the first half of the steps")
+    flag("--lr", type=number_of(1e-12, 100), help="default 4e-3 for tiny and small, else 1e-4")
+    flag("--decay", type=number_of(0, 100), help="weight decay of the blocks' matrices; default 0.3 for tiny and "
+         "small, else 0; above these sizes it ends with the first half of the steps")
     flag("--qk-norm", action=argparse.BooleanOptionalAction, help="LayerNorm on queries and keys, which makes bf16 "
          "stable; default on for S and larger, if trained from scratch")
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="run folder; default runs/SIZE")
-    flag("--init", metavar="CKPT", help="start from a packed.pt, a state folder of your own or a released folder")
+    flag("--init", metavar="CKPT", help="start from a packed.pt, a run folder or a released folder")
     flag("--full-precision", action="store_true", help="no ternary weights (the paper's baseline)")
     flag("--no-adaln-norm", action="store_true", help="no RMS Norm after adaLN (the paper's ablation)")
+    flag("--export", action="store_true", default=None, help="only write packed.pt of the newest state in --out")
     flag("--fresh", action="store_true", help="start over where the run folder holds a state")
     flag("--save-every", type=positive, metavar="STEPS", help="default 1000; the last two are kept")
     flag("--sample-every", type=positive, metavar="STEPS", help="default: a quarter of the run; on one process")
@@ -1303,16 +1473,14 @@ def parse_args(argv=None):
     # fmt: on
     flags = parser.parse_args(argv)
     check_common(parser, flags)
-    if flags.lr is not None and not flags.lr > 0:
-        parser.error(f"argument --lr: got {flags.lr}, expected a number above 0")
-    if flags.decay is not None and not 0 <= flags.decay < 100:
-        parser.error(f"argument --decay: got {flags.decay}, expected 0 or more")
     if flags.vae and not flags.data:
         parser.error("argument --vae: needs --data")
     if flags.vae and os.path.isdir(flags.vae):
         flags.vae = os.path.realpath(flags.vae)  # the checkpoint names it, and is sampled from other folders
-    if flags.grid is not None and flags.grid < 0:
-        parser.error(f"argument --grid: got {flags.grid}, expected 0 or more")
+    if flags.grid is not None and not 0 <= flags.grid <= 10000:
+        parser.error(f"argument --grid: got {flags.grid}, expected 0 to 10,000")
+    if flags.export and not flags.out:
+        parser.error("argument --export: needs --out, the folder of a run")
     return flags
 
 
@@ -1331,10 +1499,13 @@ def make_config(flags):
     cfg = replace(recipe, **given)
     if cfg.qk_norm is None:
         cfg.qk_norm = base.qk_norm if cfg.init or recipe is DEMO else True
-    if cfg.dtype is None:
-        cfg.dtype = "bf16" if bf16_is_fast(cfg.device) else "fp32"
     if cfg.out is None:
         cfg.out = Path("runs/fine-tuned") if cfg.init else Path("runs") / cfg.size
+    if not cfg.fresh:
+        cfg.dtype = cfg.dtype or saved_setting(cfg.out, "dtype")  # of another machine, perhaps
+        cfg.micro_batch = cfg.micro_batch or saved_setting(cfg.out, "micro_batch")  # another one would round otherwise
+    if cfg.dtype is None:
+        cfg.dtype = "bf16" if bf16_is_fast(cfg.device) else "fp32"
     if cfg.sample_every is None:
         cfg.sample_every = max(1, cfg.steps // 4)
 
@@ -1379,21 +1550,15 @@ def check_init(init, base, model_config):
                          f"--image-size must be the same, not {model_config.input_size}")  # fmt: skip
 
 
-def setup(flags):
+def setup(cfg, model_config, init_state):
     """Everything before the first step -> Run, filled from the newest state if there is one."""
-    cfg, model_config, init_state = make_config(flags)
     rank, world = ranks()
     if cfg.batch % world:
         raise ValueError(f"--batch {cfg.batch} does not split evenly over {world} processes")
     if rank == 0:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(cfg.out, os.W_OK):
-            raise PermissionError(f"--out {cfg.out}: not writable")
         for unfinished in cfg.out.glob("state-*.tmp"):
             shutil.rmtree(unfinished)
     barrier()
-    if cfg.micro_batch is None and not cfg.fresh:
-        cfg.micro_batch = saved_micro_batch(cfg.out)  # another one would round otherwise
     cfg.micro_batch = choose_micro_batch(model_config, cfg, world)
     torch.manual_seed(cfg.seed)
 
@@ -1414,7 +1579,7 @@ def setup(flags):
         no_grid = model_config.vae or (cfg.device == "cpu" and n_params > 50e6)
         cfg.grid = 0 if no_grid else min(40, 4 * model_config.num_classes)
 
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    ema = AveragedModel(model, multi_avg_fn=warmed_up_average(cfg.ema))
     shard_model(model, cfg.device)
     shard_model(ema.module, cfg.device)
     compiled = cfg.compile and can_compile(cfg.device)
@@ -1450,6 +1615,7 @@ def resume(run):
     found = states(run.cfg.out)
     if found:
         step = check_state(found[-1], run.metadata())
+        verify_state(found[-1])
         load_tensors(found[-1], run.tensors())
         run.step = step
 
@@ -1479,13 +1645,22 @@ def main(argv=None):
     warnings.filterwarnings("ignore", module=r"torch\._inductor")  # rotate's complex numbers, which it does not compile
     warnings.filterwarnings("ignore", module=r"torch\.distributed")  # checkpoints of a single process
     flags = parse_args(argv)
+    if flags.export:
+        export_newest_state(flags.out)
+        return
     init_distributed(flags.device)
-    rank, world = ranks()
-    run = setup(flags)
+    cfg, model_config, init_state = make_config(flags)
+    with locked(cfg.out):
+        run = setup(cfg, model_config, init_state)
+        train(run)
+        finish(run)
+
+
+def train(run):
+    """All steps from the run's own to the last, or until a signal comes: then it ends the program."""
     cfg = run.cfg
     log = Log(run)
     stop = StopSignal()
-
     while run.step < cfg.steps and not stop.requested:
         stop.sync()  # before the step, so that all processes end after the same one
         batch = run.next_batch()  # a function of (seed, step)
@@ -1500,17 +1675,23 @@ def main(argv=None):
             log.write_row(lr, val_loss)
         if saving or stop.requested:
             save_state(cfg.out, run.tensors(), run.metadata())
-        if cfg.grid and world == 1 and run.step % cfg.sample_every == 0 and not is_last:
+        if cfg.grid and ranks()[1] == 1 and run.step % cfg.sample_every == 0 and not is_last:
             with log.paused_clock():
                 draw_grid(run, run.ema.module, cfg.out / f"grid-{run.step:07d}.png")
-    print()
+                draw_curve(cfg.out)
+    say("", sys.stdout)
     run.pool.shutdown(cancel_futures=True)
     stop.restore()
     if stop.requested:
         goes_on = "the same command without --fresh" if cfg.fresh else "the same command"
-        print(f"stopped at step {run.step}, saved in {cfg.out}; {goes_on} goes on")
+        say(f"stopped at step {run.step}, saved in {cfg.out}; {goes_on} goes on", sys.stdout)
         sys.exit(128 + (stop.received or signal.SIGTERM))
 
+
+def finish(run):
+    """Write packed.pt and the last sample grid."""
+    cfg = run.cfg
+    rank, world = ranks()
     path = export(run)
     if rank == 0:
         fp32_mb = 4 * sum(p.numel() for p in run.model.parameters()) / 1e6
@@ -1519,6 +1700,7 @@ def main(argv=None):
         if cfg.grid:
             draw_grid(run, load_model(path, cfg.device), cfg.out / "grid.png")  # the picture comes from the file
             print(f"{cfg.out / 'grid.png'}: samples of {path.name}")
+            draw_curve(cfg.out)
     if world > 1:
         # All is written. torch's own teardown sometimes aborts a process that has taken part in a group ("terminate
         # called without an active exception"), and the launcher then kills the others, rank 0 at its files included.

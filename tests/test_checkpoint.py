@@ -1,10 +1,15 @@
 """Checkpoints: round trips, sizes, and files that are damaged, foreign or hostile."""
 
 import argparse
+import math
 import os
 import pickle
 import shutil
+import stat
+import threading
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,7 +132,7 @@ def test_a_training_state_is_refused(tmp_path):
     folder = tmp_path / "state-0000100"
     folder.mkdir()
     (folder / "run.json").write_text("{}")
-    assert_refused(folder, "packed.pt beside it")
+    assert_refused(folder, "train.py --export --out .* makes its packed.pt")
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,81 @@ def test_a_bad_released_folder_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+def config_with(field, value):
+    """Put a value into the config of a checkpoint, as a change of its contents."""
+
+    def change(checkpoint):
+        checkpoint["config"][field] = value
+
+    return change
+
+
+def tensor_as(value):
+    """Replace one of its tensors."""
+
+    def change(checkpoint):
+        checkpoint["model"]["layers.1.attention.wk.weight"] = value
+
+    return change
+
+
+BAD_CONTENTS = [
+    (config_with("n_layers", 1_000_000), "n_layers=1000000, but it holds only .. tensors"),
+    (config_with("n_layers", 10**30), "n_layers=1000000000.*, expected a whole number of 1 to 1,048,576"),
+    (config_with("n_layers", True), "n_layers=True, expected a whole number"),
+    (config_with("dim", 32.0), r"dim=32.0, expected a whole number"),
+    (config_with("norm_eps", "x"), "norm_eps='x', expected a number of 0 to 1,000"),
+    (config_with("norm_eps", math.nan), "norm_eps=nan, expected a number"),
+    (config_with("latent_scale", math.inf), "latent_scale=inf, expected a number"),
+    (config_with("label_std", None), "label_std=None, expected a number"),
+    (config_with("learn_sigma", 1), "learn_sigma=1, expected bool"),
+    (config_with("qk_norm", "yes"), "qk_norm='yes', expected bool"),
+    (config_with("prediction", ["v"]), r"prediction=\['v'\], expected str"),
+    (config_with("vae", 3), r"vae=3, expected str \| None"),
+    (config_with("class_names", "abcde"), r"class_names='abcde', expected list \| None"),
+    (config_with("class_names", [1, 2, 3, 4, 5]), r"class_names=\[1, 2, 3, 4, 5\], expected text"),
+    (tensor_as(torch.zeros(1).expand(100_000, 100_000)), "its tensors would take 40,0.* bytes, more than the file has"),
+    (tensor_as(torch.zeros(8, 32, device="meta")), "'layers.1.attention.wk.weight' is no plain tensor"),
+    (tensor_as(torch.zeros(8, 32).to_sparse()), "'layers.1.attention.wk.weight' is no plain tensor"),
+    (tensor_as("text"), "'layers.1.attention.wk.weight' is no plain tensor"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_CONTENTS)
+def test_bad_contents_are_refused_before_anything_is_built(good, change, message):
+    checkpoint = torch.load(good, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, good)
+    assert_refused(good, message)
+
+
+def test_a_released_folder_with_an_impossible_image_size_is_refused(tmp_path):
+    folder = tmp_path / "released"
+    shutil.copytree(RELEASED["terdit"], folder)
+    for image_size in (math.inf, 10**400, "x"):
+        torch.save(argparse.Namespace(image_size=image_size), folder / "model_args.pth")
+        with pytest.raises(ValueError, match="consolidated.*not the weights of a TerDiT|input_size="):
+            load_model(folder, n_heads=4)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(tmp_path / "pipe", "not a regular file")  # to open it would wait for ever
+    assert_refused("/dev/zero", "not a regular file")
+
+
+@torch.no_grad()
+def test_what_is_loaded_stays_when_the_file_changes(good):
+    inputs = (torch.randn(2, 3, 8, 8), torch.tensor([1, 999]), torch.tensor([0, 5]))
+    model = load_model(good)
+    want = model(*inputs)
+    with open(good, "r+b") as file:  # in place, as cp does it
+        file.write(bytes(good.stat().st_size))
+    assert torch.equal(model(*inputs), want)
+    os.truncate(good, 10)
+    assert torch.equal(model(*inputs), want)
+
+
 # Hostile files and full disks -----------------------------------------------------------------------------------------
 
 
@@ -211,9 +291,23 @@ def test_a_hostile_file_runs_nothing(tmp_path, kind):
         torch.save(Evil(target), path)
     else:
         torch.save({"format": terdit.FORMAT, "config": {}, "model": Evil(target)}, path)
-    with pytest.raises(ValueError, match="m.pt"):
+    assert_refused(path, "may be hostile|File is not a zip file")
+    with pytest.raises(ValueError) as e:
         load_model(path)
+    assert "weights_only" not in str(e.value)  # torch advises to load it without this protection
     assert not target.exists()
+
+
+def test_a_zip_bomb_is_refused(good):
+    """A compressed member of 1 GB of zeros takes 1 MB; torch.save compresses nothing."""
+    with zipfile.ZipFile(good) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    largest = max(members, key=lambda name: len(members[name]))
+    members[largest] = bytes(1 << 20)
+    with zipfile.ZipFile(good, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    assert_refused(good, "its parts are compressed, or larger than the file")
 
 
 @pytest.mark.parametrize("name", ["model_args.pth", "consolidated_ema_ternary.00-of-01.pth"])
@@ -247,3 +341,47 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(path, model)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.pt"]
+
+
+# Where a file is written ----------------------------------------------------------------------------------------------
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "far").mkdir()
+    target = tmp_path / "far/target"
+    target.write_bytes(b"old")
+    link = tmp_path / "link"
+    link.symlink_to("far/target")
+    terdit.atomic_write(link, lambda file: file.write(b"new"))
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert os.listdir(tmp_path / "far") == ["target"]
+
+
+def test_a_pipe_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    terdit.atomic_write(pipe, lambda file: file.write(b"through"))
+    reader.join()
+    assert got == [b"through"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_device_stays_a_device():
+    terdit.atomic_write("/dev/null", lambda file: np.savez(file, np.zeros(3)))
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_write_that_fails_names_the_path(tmp_path):
+    def no_space(file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="x.png: cannot be written .*No space left"):
+        terdit.atomic_write(tmp_path / "x.png", no_space)
+    with pytest.raises(OSError, match="x.png: cannot be written .*No such file"):
+        terdit.atomic_write(tmp_path / "missing/x.png", no_space)
+    assert os.listdir(tmp_path) == []

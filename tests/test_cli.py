@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import sample
+import train
 from terdit import Config, DiT, GaussianDiffusion, load_model, pack_model, save_checkpoint
 from tests.conftest import ROOT
 from tests.helpers import RELEASED, SMALL, awake
@@ -101,6 +102,19 @@ def test_a_guidance_scale_of_one_is_no_guidance(ckpt):
     assert np.abs(draw(model, [0, 1], cfg_scale=4.0) - almost_one).max() > 5
 
 
+@pytest.mark.parametrize("name, format", [("x.jpg", "JPEG"), ("x.PNG", "PNG"), ("x.webp", "WEBP"), ("x", "PNG")])
+def test_a_grid_has_the_format_of_its_ending(ckpt, tmp_path, name, format):
+    sample.main(["--ckpt", str(ckpt), "--n", "3", "--steps", "1", "--out", str(tmp_path / name)])
+    assert Image.open(tmp_path / name).format == format
+
+
+def test_a_grid_may_go_to_a_device(ckpt, tmp_path, capsys):
+    (tmp_path / "x.png").symlink_to("/dev/null")
+    sample.main(["--ckpt", str(ckpt), "--n", "3", "--steps", "1", "--out", str(tmp_path / "x.png")])
+    assert "x.png" in capsys.readouterr().out
+    assert (tmp_path / "x.png").is_char_device()
+
+
 def test_npz_is_what_adm_reads(ckpt, tmp_path):
     path = tmp_path / "x.npz"
     sample.main(["--ckpt", str(ckpt), "--npz", "8", "--steps", "2", "--batch", "3", "--out", str(path)])
@@ -154,6 +168,14 @@ def run_sample(flags, capsys):
         ("--classes bird", 1, "class 'bird' is unknown: this checkpoint has 3 classes, cat, dog, 0"),
         ("--steps 0", 2, "argument --steps: got 0, expected a whole number of at least 1"),
         ("--steps 1001", 2, "got 1001, expected at most 1000"),
+        (f"--steps {10**22}", 2, "expected a whole number of at least 1 (and at most 10^9)"),
+        ("--cfg nan", 2, "argument --cfg: got nan, expected a number of 0 to 100"),
+        ("--cfg inf", 2, "got inf, expected a number of 0 to 100"),
+        ("--cfg 1e39", 2, "got 1e39, expected a number of 0 to 100"),
+        ("--cfg x", 2, "argument --cfg: invalid number value: 'x'"),
+        ("--out x.npz", 2, "x.npz ends in .npz, expected .jpeg, .jpg, .png, .webp; --npz N writes .npz"),
+        ("--out x.pdf", 2, "x.pdf ends in .pdf, expected .jpeg, .jpg, .png, .webp"),
+        ("--out x.png --npz 4", 2, "x.png ends in .png, expected .npz"),
         ("--n -4", 2, "argument --n: got -4"),
         ("--batch 0", 2, "argument --batch: got 0"),
         ("--npz 4 --n 4", 2, "leave out --n"),
@@ -201,6 +223,7 @@ def test_sample_tells_a_bad_file_in_one_line(tmp_path):
     [
         ("--image-size 26 --out run", 1, "image size 26 is not a multiple of the patch size 4"),
         ("--steps 0", 2, "argument --steps: got 0"),
+        ("--export", 2, "argument --export: needs --out"),
     ],
 )
 def test_train_refuses(tmp_path, flags, code, message):
@@ -208,6 +231,24 @@ def test_train_refuses(tmp_path, flags, code, message):
     assert done.returncode == code
     assert message in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (f"--steps {10**22}", "expected a whole number of at least 1 (and at most 10^9)"),
+        ("--lr inf", "argument --lr: got inf, expected a number of 1e-12 to 100"),
+        ("--lr 0", "argument --lr: got 0, expected a number"),
+        ("--decay nan", "argument --decay: got nan, expected a number of 0 to 100"),
+        (f"--grid {10**9}", "expected 0 to 10,000"),
+        ("--grid -1", "argument --grid: got -1"),
+    ],
+)
+def test_train_refuses_numbers_out_of_range(capsys, flags, message):
+    with pytest.raises(SystemExit) as e:
+        train.parse_args(flags.split())
+    assert e.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_train_tells_in_one_line_that_out_is_a_file(tmp_path):

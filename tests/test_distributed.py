@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -111,8 +112,9 @@ def test_a_batch_that_does_not_split_is_refused(tmp_path):
     assert "error: --batch 7 does not split evenly over 2 processes" in stderr
 
 
-def test_sigterm_to_the_launcher_saves(one, tmp_path):
-    """A job is told to make room: both processes save at the same step and exit. The same command goes on."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_ends_takes_its_processes_along(one, tmp_path, number):
+    """Told to make room or killed: both processes save at the same step and exit. The same command goes on."""
     _, losses_one = one
     out = tmp_path / "run"
     with start(2, out, "--steps", 20) as launcher:
@@ -120,8 +122,8 @@ def test_sigterm_to_the_launcher_saves(one, tmp_path):
         while not line.startswith("loss "):
             line = launcher.stdout.readline()
             assert line, launcher.stderr.read()
-        launcher.terminate()
-        launcher.communicate()
+        launcher.send_signal(number)
+        launcher.communicate()  # returns when the last process has closed stdout
     assert launcher.returncode != 0
     step = load_run(out)["step"]
     assert 1 <= step < 20

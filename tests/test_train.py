@@ -264,7 +264,8 @@ def test_optimizer_decays_matrices_of_blocks_and_slows_alphas():
 
 def test_the_loss_falls_and_files_appear(tmp_path, capsys):
     run(tmp_path, "--steps", 150, "--batch", 16, "--grid", 10, "--sample-every", 100)
-    assert set(os.listdir(tmp_path)) == {"state-0000150", "packed.pt", "log.csv", "grid.png", "grid-0000100.png"}
+    assert set(os.listdir(tmp_path)) == {"state-0000150", "packed.pt", "log.csv", "curve.png", "lock", "grid.png",
+                                         "grid-0000100.png"}  # fmt: skip
     shown = capsys.readouterr().out
     for text in ("step 150/150", "ETA 0:00:00", "packed.pt", "grid.png"):
         assert text in shown
