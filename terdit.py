@@ -957,7 +957,7 @@ def model_from_state(path, config_fields, state, device="cpu", dtype=torch.float
 
 
 def in_dtype(model, dtype):
-    """A model for inference whose products with ternary weights are in dtype; for int8 they are packed, if they are not.
+    """A model for inference whose products with ternary weights are in dtype. For int8 they are packed first.
 
     All else stays in fp32 (DiT.set_product_dtype). A full-precision model is in dtype as a whole.
     """

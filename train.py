@@ -1341,9 +1341,11 @@ class Log:
             signal.raise_signal(signal.SIGTERM)
 
     def show_part(self, n_done):
-        """In the middle of a step, which may take minutes."""
+        """In the middle of a step, if it is a long one: it may take minutes."""
         run = self.run
         share = run.cfg.batch // ranks()[1]
+        if n_done == share or time.time() - self.step_start < 5:
+            return
         seconds_an_image = (time.time() - self.step_start) / n_done
         time_left = ((run.cfg.steps - run.step) * share - n_done) * seconds_an_image
         self.show(f"step {run.step + 1}/{run.cfg.steps}: {n_done} of {share} images, "
