@@ -25,7 +25,6 @@ from terdit import GaussianDiffusion, atomic_write, first_line, in_dtype, load_m
 STEPS = 25  # enough for the demo's digits
 PAPER_STEPS = 250
 IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
-LINE_SECONDS = 15  # between lines of progress, where they go to no terminal
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", "": "PNG"}  # of a grid, by its ending
 
@@ -84,7 +83,7 @@ def load(path, args):
         from train import load_average  # not above: train.py imports this file
 
         warnings.filterwarnings("ignore", module=r"torch\.distributed")  # states that a single process reads
-        print(f"{path}: the average of a run that has not ended")
+        print(f"{path}: the averaged weights of a training state")
         model = load_average(path, args.device, **overrides)
     else:
         model = load_model(path, args.device, **overrides)
@@ -344,6 +343,8 @@ class Progress:
     """The share of `total` that is done, and the time left: one live line, or where stderr is no terminal a line every
     LINE_SECONDS."""
 
+    LINE_SECONDS = 15
+
     def __init__(self, total, what="sampling"):
         self.total = total
         self.what = what
@@ -354,7 +355,7 @@ class Progress:
     def __call__(self, n):
         self.done += n
         live = sys.stderr.isatty()
-        if not live and (time.time() - self.shown < LINE_SECONDS or int(os.environ.get("RANK", 0)) > 0):
+        if not live and (time.time() - self.shown < self.LINE_SECONDS or int(os.environ.get("RANK", 0)) > 0):
             return
         self.shown = time.time()
         seconds_left = (time.time() - self.start) * (self.total - self.done) / self.done

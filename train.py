@@ -4,6 +4,7 @@
     python train.py --data DIR --image-size 64             your images, one subfolder a class
     python train.py --size 600M --data DIR --vae VAE       the paper's model, on latents that are made once
     torchrun --nproc-per-node=8 train.py --size 4.2B ...   many GPUs
+    python train.py --export --out RUN                     write packed.pt of a run that has not ended
 
 The same command resumes a run that was stopped, on any number of processes. Random numbers depend only on --seed, the
 step and a sample's place in the batch, so no random state is saved: a resumed run equals an uninterrupted one, on one
@@ -22,9 +23,9 @@ import math
 import os
 import pickle
 import re
-import socket
 import shutil
 import signal
+import socket
 import sys
 import time
 import unicodedata
@@ -33,8 +34,9 @@ import zlib
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from datetime import timedelta
+from enum import Enum
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +52,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-import sample
 from sample import STEPS, Progress, check_common, find_checkpoint, generator, is_state, load_decoder, load_vae
 from sample import number_of, peak_memory, positive, printable, run_main, sample_images, save_grid, say
 from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
@@ -814,6 +815,9 @@ def choose_micro_batch(config, cfg, world):
 # Many processes
 
 
+PARENT = os.getppid()  # with many processes: their launcher
+
+
 def init_distributed(device):
     """Join the process group of a launcher (torchrun), if one started this process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -1003,14 +1007,15 @@ def verify_state(path):
 class IndexUnpickler(pickle.Unpickler):
     """Reads the index of a state and nothing else: pickles can run code, and the state may be from someone else."""
 
-    NAMES = {"Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-             "_MEM_FORMAT_ENCODING", "StorageMeta", "_StorageInfo", "_get_layout", "Size", "PosixPath"}  # fmt: skip
-
     def find_class(self, module, name):
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module.split(".")[0] not in ("torch", "pathlib") or not (is_dtype or name in self.NAMES):
+        """Allow the dataclasses and enums of torch's checkpoints, dtypes, sizes and paths."""
+        found = super().find_class(module, name)
+        is_record = isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum))
+        is_of_checkpoints = module.startswith("torch.distributed.checkpoint.") and is_record
+        is_plain = isinstance(found, torch.dtype) or name in ("Size", "PosixPath", "_get_layout")
+        if "." in name or not (is_of_checkpoints or is_plain):
             raise ValueError(f"its index speaks of {module}.{name}, and may be hostile")
-        return super().find_class(module, name)
+        return found
 
 
 def load_tensors(path, tensors):
@@ -1024,9 +1029,15 @@ def load_tensors(path, tensors):
 def read_state(path, prefix=""):
     """The tensors of a state folder whose names start with prefix, whole, on the CPU."""
     verify_state(path)
-    index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    names = [name for name in index if name.startswith(prefix)]
-    tensors = {name: torch.empty(index[name].size, dtype=index[name].properties.dtype) for name in names}
+    try:
+        index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        index = {name: entry for name, entry in index.items() if name.startswith(prefix)}
+        n_bytes = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in index.values())
+        if n_bytes > sum(file.stat().st_size for file in path.iterdir()):
+            raise ValueError(f"its index speaks of {n_bytes:,} bytes, more than it has")
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()}
+    except Exception as e:  # an index that someone has made up raises anything
+        raise damaged_error(path, first_line(e)) from None
     load_tensors(path, tensors)
     return tensors
 
@@ -1039,12 +1050,10 @@ def read_average(path):
 def load_average(path, device="cpu", **overrides):
     """The averaged model of a state folder, for inference, packed if it is ternary."""
     config_fields = read_metadata(path)["config"] | overrides
-    model = model_from_state(path, config_fields, read_average(path), device)
-    if not model.config.ternary:
-        return model
-    packed = pack_model(model)
-    packed.stored_bytes = model.stored_bytes
-    return packed
+    model = model_from_state(path, config_fields, read_average(path))
+    if model.config.ternary:
+        model = pack_model(model)
+    return model.to(device)
 
 
 def export_newest_state(out):
@@ -1333,7 +1342,7 @@ class Log:
     def show(self, line, at_once=False):
         """The terminal shows one line that changes, twice a second; a file gets a line every 15 seconds."""
         live = sys.stdout.isatty()
-        if time.time() - self.shown < (0.5 if live else sample.LINE_SECONDS) and not at_once:
+        if time.time() - self.shown < (0.5 if live else Progress.LINE_SECONDS) and not at_once:
             return
         self.shown = time.time()
         is_read = say(f"\r{line:<100}" if live else line, sys.stdout, end="" if live else "\n")
@@ -1402,7 +1411,6 @@ class StopSignal:
         self.received = None  # the signal's number
         self.requested = False  # by any of the processes
         self.n_ctrl_c = 0
-        self.launcher = os.getppid()
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
@@ -1412,7 +1420,7 @@ class StopSignal:
         # torchrun sends on what the terminal has sent to all: so only a single process counts.
         if number == signal.SIGINT and ranks()[1] == 1:
             self.n_ctrl_c += 1
-        if self.n_ctrl_c == 3:
+        if self.n_ctrl_c >= 3:
             raise KeyboardInterrupt("ended without saving")
         if ranks()[0] == 0 and (self.received is None or self.n_ctrl_c == 2):
             words = "once more ends without saving" if self.n_ctrl_c == 2 else "ends after this step, and saves"
@@ -1424,7 +1432,7 @@ class StopSignal:
             self.received = number
 
     def sync(self):
-        if ranks()[1] > 1 and os.getppid() != self.launcher:  # it was killed, and its processes are orphans
+        if ranks()[1] > 1 and os.getppid() != PARENT:  # the launcher was killed, and left its processes
             self.received = self.received or signal.SIGTERM
         n_received = all_sum(torch.tensor(float(self.received is not None)))
         self.requested = n_received.item() > 0
@@ -1471,7 +1479,7 @@ def parse_args(argv=None):
     flag("--checkpointing", action="store_true", help="compute a block's activations twice instead of keeping them")
     flag("--compile", action="store_true", help="torch.compile the blocks: faster after half a minute")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--dtype", choices=["fp32", "bf16"], help="of matmuls; default bf16 where the hardware has it")
+    flag("--dtype", choices=["fp32", "bf16"], help="of matmuls; default: the state's, or bf16 if the hardware has it")
     # fmt: on
     flags = parser.parse_args(argv)
     check_common(parser, flags)

@@ -60,7 +60,7 @@ def short_training(monkeypatch):
 
     monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"] | dict(dim=64, n_layers=2, n_heads=2))
     monkeypatch.setattr(train, "digits", few_digits)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for s, handler in handlers.items():
         signal.signal(s, handler)

@@ -66,7 +66,7 @@ def test_a_stopped_run_can_be_sampled_and_exported(tmp_path, capsys, flags, file
     capsys.readouterr()
     assert np.array_equal(draw(out, tmp_path), want)
     shown = capsys.readouterr().out
-    assert "the average of a run that has not ended" in shown
+    assert "the averaged weights of a training state" in shown
     assert "state-0000003" in shown
     assert np.array_equal(draw(out / "state-0000003", tmp_path), want)
     assert not (out / file).exists()
@@ -158,7 +158,7 @@ def test_nohup_keeps_a_run_going(tmp_path, monkeypatch):
 
 def test_a_closed_stdout_ends_a_run_saved(tmp_path, monkeypatch):
     """`train.py | head`: the reader goes away. All that is printed later goes nowhere, and nothing fails."""
-    monkeypatch.setattr(sample, "LINE_SECONDS", 0)
+    monkeypatch.setattr(sample.Progress, "LINE_SECONDS", 0)
     reading_end, writing_end = os.pipe()
     with open(writing_end, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
@@ -363,6 +363,25 @@ def test_a_hostile_state_runs_nothing(two_states, tmp_path):
     assert not target.exists()
 
 
+def enlarge(index, name):
+    index.state_dict_metadata[name].size = torch.Size((10**6, 10**6))
+
+
+def replace_by_text(index, name):
+    index.state_dict_metadata[name] = "text"
+
+
+@pytest.mark.parametrize("change, message", [(enlarge, "speaks of 4,000,0.* bytes"), (replace_by_text, "no attribute")])
+def test_a_made_up_index_is_refused(two_states, tmp_path, change, message):
+    _, state = two_states
+    index = pickle.loads((state / ".metadata").read_bytes())
+    change(index, "ema.final_layer.linear.weight")
+    (state / ".metadata").write_bytes(pickle.dumps(index))
+    change_run_json(checksums=train.file_checksums(state))(state)
+    with pytest.raises(ValueError, match=f"state-0000002: damaged .*{message}"):
+        draw(state, tmp_path)
+
+
 def test_a_log_that_is_not_utf_8_loses_its_damaged_rows(tmp_path, capsys):
     run(tmp_path, "--steps", 20, "--save-every", 20)
     with open(tmp_path / "log.csv", "ab") as file:
@@ -432,7 +451,7 @@ def test_the_curve_of_given_rows(tmp_path):
 def test_terminals_that_are_closed_do_not_stop_sampling(monkeypatch):
     reading_end, writing_end = os.pipe()
     os.close(reading_end)
-    monkeypatch.setattr(sample, "LINE_SECONDS", 0)
+    monkeypatch.setattr(sample.Progress, "LINE_SECONDS", 0)
     with open(writing_end, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         progress = sample.Progress(2)
