@@ -1009,6 +1009,8 @@ class IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         """Allow the dataclasses and enums of torch's checkpoints, dtypes, sizes and paths."""
+        if module.split(".")[0] not in ("torch", "pathlib"):
+            raise ValueError(f"its index speaks of {module}.{name}, and may be hostile")
         found = super().find_class(module, name)
         is_record = isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum))
         is_of_checkpoints = module.startswith("torch.distributed.checkpoint.") and is_record
