@@ -8,7 +8,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make kernel-test  after a change to kernel.cu: run it without a GPU, compile it for sm_80 and sm_90a"
 	@echo "make bench-gpu    on a GPU: check kernel.cu, then time it and whole models"
-	@echo "make bench        print every figure of README's results again (about half an hour on 2 cores)"
+	@echo "make bench        print every figure of README's results again (about 40 minutes on 2 cores)"
 	@echo "make paper        the paper's figures and tables, small (23 minutes on 2 cores): runs/paper/results.md and PNGs;"
 	@echo "                  alone: make fig1, fig2, fig4, table1, table2; make compare A=CKPT B=CKPT"
 	@echo "make install      only make the local environment, .venv"
@@ -40,6 +40,8 @@ bench: $(READY)
 	$(PYTHON) tests/bench_faults.py --json runs/bench_faults.json
 	$(PYTHON) tests/paper.py fig1  # trains the two that come next, where they are missing
 	$(PYTHON) tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
+	$(PYTHON) tests/bench_samplers.py runs/demo/packed.pt --json runs/bench_samplers.json
+	$(PYTHON) tests/bench_memory.py --json runs/bench_memory.json
 
 bench-gpu: $(READY)
 	$(PYTHON) -m pytest -q tests/test_kernel.py -k gpu

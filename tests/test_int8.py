@@ -115,6 +115,23 @@ def test_without_a_compiler(monkeypatch, tmp_path):
         assert len(seen) == 1
 
 
+def test_int16_is_finer():
+    x, codes, alphas, b = case(6, 64, 512)
+    want = x.double() @ codes.double().T * alphas.double() + b.double()
+    errors = {}
+    for dtype in (torch.int8, torch.int16):
+        got = terdit.packed_linear(x.view(2, 3, 512), pack_ternary(codes), alphas, b, dtype)
+        assert got.shape == (2, 3, 64)
+        errors[dtype] = (got.view(6, 64).double() - want).norm() / want.norm()
+    assert errors[torch.int16] < 0.5 * errors[torch.int8] and errors[torch.int16] < 2e-3  # bf16's rounding is left
+    remainder = terdit.int8_remainder(x)
+    assert (remainder.abs() <= x.abs().amax(1, keepdim=True) / 253).all()  # half a level
+    model = DiT(Config(**SMALL), packed=True)
+    model.set_product_dtype(torch.int8)
+    block = model.layers[0]
+    assert block.adaLN_modulation[1].product_dtype == torch.int16 and block.attention.wq.product_dtype == torch.int8
+
+
 # Whole models ---------------------------------------------------------------------------------------------------------
 
 
