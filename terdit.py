@@ -1343,6 +1343,10 @@ def cpu_kernel():
             library = f"{folder}/kernel.so"
             command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, str(source), "-o", library]
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            # glibc returns large freed blocks to the system, and the next layer would have to fault their pages in again:
+            # half of a step's time. Once a block of 31 MB was freed, it keeps blocks up to that size. This one is never
+            # written to, so it takes no memory.
+            torch.empty(31 << 20, dtype=torch.uint8)
             return ctypes.CDLL(library)
     except Exception as e:  # no compiler, one without OpenMP, a folder from which nothing may be run
         compilers_words = getattr(e, "stderr", None)
@@ -1358,8 +1362,7 @@ def pointer(z):
 def unpacked_blocks(weight, bytes_per_row):
     """weight (N/4, K) uint8 -> pairs (first row of bytes, its block unpacked: (4 * rows, K) int8 of -1, 0 and 1).
 
-    bytes_per_row is what the caller makes of a row of weights: blocks are of BLOCK_BYTES, so they stay in the cache. As
-    they are under 32 MB, they also spare page faults: glibc keeps such memory, and returns larger blocks to the system.
+    bytes_per_row is what the caller makes of a row of weights: blocks are of BLOCK_BYTES, so they stay in the cache.
     """
     if weight.dtype != torch.uint8 or weight.device.type != "cpu":  # the C++ works with raw pointers
         raise ValueError(f"weight of uint8 on cpu wanted, got {weight.dtype} on {weight.device}")
