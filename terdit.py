@@ -1343,8 +1343,8 @@ def cpu_kernel():
             library = f"{folder}/kernel.so"
             command = [*shlex.split(os.environ.get("CXX", "g++")), *flags, str(source), "-o", library]
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-            # glibc returns large freed blocks to the system, and the next layer would have to fault their pages in again:
-            # half of a step's time. Once a block of 31 MB was freed, it keeps blocks up to that size. This one is never
+            # glibc returns large freed blocks to the system, and the next layer would fault their pages in again: half
+            # of a step's time. Once a block of 31 MB was freed, it keeps blocks up to that size. This one is never
             # written to, so it takes no memory.
             torch.empty(31 << 20, dtype=torch.uint8)
             return ctypes.CDLL(library)
