@@ -113,7 +113,8 @@ template <typename T> __global__ void naive(Args<T> p) {
 // ---------------------------------------------------------------------------------------------------------------------
 // dequantize: from packed bytes to bf16 or fp16
 //
-// No integer is converted: inverted, a code is the top 2 bits of its number (the sign and the highest exponent bit).
+// No integer is converted: an inverted code is the top 2 bits (the sign and the highest exponent bit) of the float that
+// is twice the weight, and all other bits of that float are 0.
 //
 //      weight   code   inverted   sign, exponent   16-bit float
 //        -1      00       11         -, 10..0      0xC000 = -2
@@ -472,7 +473,9 @@ __global__ void __launch_bounds__(256, BLOCK_TOKENS < 128 ? 2 : 1) mma_gemm(Args
 // The ring: 4 stages, as in mma, but with two barriers a stage in place of __syncthreads. `full` completes a phase when
 // a slice has landed, `empty` when all warps have finished with it. A barrier's phases are numbered 0, 1, 2, ... A wait
 // names the parity (last bit) of a phase's number, and returns when that phase has completed. A new barrier is in phase
-// 0, and behaves as if a phase of parity 1 had completed before.
+// 0, and behaves as if a phase of parity 1 had completed before. In round r of a stage
+//      the reader waits for phase r of full       parity r & 1
+//      the loader waits for phase r - 1 of empty  parity (r & 1) ^ 1; in round 0 that is 1, so it does not wait
 //   Example: slice 9 is in stage 9 % 4 = 1, in round 9 / 4 = 2. To read it is to wait for phase 2 of full[1], parity 0.
 //   To load it is to wait until slice 5, one round before, is finished: phase 1 of empty[1], parity (2 & 1) ^ 1 = 1.
 //   Slices 0 to 3 are in round 0. Their parity is (0 & 1) ^ 1 = 1, so the new barriers let them pass at once.
@@ -637,7 +640,9 @@ wgmma_gemm(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CU
     const char* memory = smem + stage * STAGE_BYTES;
     const char* w_row = memory + 2 * X_BOX + (warp_row + g) * 128;
     const uint64_t x_descriptor = descriptor(memory);
-    uint32_t a[4][2][4];  // [step % 4][fragment][register]: wgmma still reads those of the two steps before
+    // [step % 4][fragment][register]. While a step is dequantized, the wgmmas of the two steps before may still read
+    // theirs, so three sets are needed. There are four, because a slice has 8 steps: so the next slice goes on in turn.
+    uint32_t a[4][2][4];
     barrier_wait(&full[stage], parity);
     UNROLL for (int step = 0; step < 8; step++) {  // of 16 columns
       const int chunk = step ^ g;  // the swizzle
@@ -658,12 +663,12 @@ wgmma_gemm(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CU
       }
       wgmma_commit();
       wgmma_wait<2>();
-      if (step == 1) {  // at most steps 0 and 1 are unfinished, so the slice before is finished
+      if (step == 1) {  // At most steps 0 and 1 are unfinished: nothing reads the slice before any more.
         const int previous_stage = (slice + WGMMA_STAGES - 1) % WGMMA_STAGES;
         barrier_arrive_if(&empty[previous_stage], lane == 0 && slice > 0);
       }
     }
-    const int next = slice - 1 + WGMMA_STAGES;  // takes the place of the slice before
+    const int next = slice - 1 + WGMMA_STAGES;  // takes the stage of the slice before, once all warps gave it back
     if (threadIdx.x == 0 && slice > 0 && next < slices) load(next);
     __syncwarp();
   }

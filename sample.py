@@ -22,8 +22,9 @@ from PIL import Image
 
 from terdit import GaussianDiffusion, atomic_write, first_line, in_dtype, load_model, packed_path
 
-STEPS = 25  # enough for the demo's digits
-PAPER_STEPS = 250
+SAMPLER = "dpm"
+STEPS = 16  # of dpm: tests/bench_samplers.py has DDPM's toy FID at 25 steps in these
+PAPER_STEPS = 250  # of ddpm
 IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", "": "PNG"}  # of a grid, by its ending
@@ -37,7 +38,8 @@ def main(argv=None):
     classes = pick_classes(args.classes, config, everything=bool(args.npz))
     n = args.npz or args.n or 4 * len(classes)
     y = torch.tensor([classes[i % len(classes)] for i in range(n)])
-    steps = args.steps or (PAPER_STEPS if config.vae else STEPS)
+    sampler = args.sampler or ("ddpm" if config.vae else SAMPLER)
+    steps = args.steps or (PAPER_STEPS if config.vae and sampler != "dpm" else STEPS)
     if path.is_dir() and not is_state(path):
         name = config.class_names[classes[0]]
         print(f"released checkpoint: class names are ImageNet's indices ({name} is row {classes[0]})")
@@ -45,7 +47,7 @@ def main(argv=None):
 
     start = time.time()
     progress = Progress(n * steps)
-    images = sample_images(model, y, args.seed, args.cfg, steps, args.sampler, args.batch, decode, progress,
+    images = sample_images(model, y, args.seed, args.cfg, steps, sampler, args.batch, decode, progress,
                            args.guided_channels)  # fmt: skip
     seconds = time.time() - start
 
@@ -105,7 +107,7 @@ def default_dtype(device, config):
     return "int8" if config.ternary and config.vae and has_int8 else "fp32"
 
 
-def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", batch=100, decode=None, progress=None,
+def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER, batch=100, decode=None, progress=None,
                   guided_channels=None):  # fmt: skip
     """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU, computed `batch` at a time."""
     y = torch.as_tensor(y)
@@ -119,7 +121,7 @@ def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", 
 
 
 @torch.no_grad()
-def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler="ddpm", progress=None,
+def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER, progress=None,
                    guided_channels=None):  # fmt: skip
     """The guided denoising loop: labels y (n,) -> x_0 (n, C, H, W) fp32.
 
@@ -237,8 +239,9 @@ def parse_args(argv=None):
     flag("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
     flag("--cfg", type=number_of(0, 100), default=1.5, help="guidance scale; 1 is none (default 1.5)")
     flag("--guided-channels", type=positive, metavar="N", help="guide the first N channels; default all; upstream 3")
-    flag("--steps", type=positive, help=f"denoising steps; default {STEPS}, for latents the paper's {PAPER_STEPS}")
-    flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddpm", help="dpm (DPM-Solver++) takes the fewest steps")
+    flag("--steps", type=positive, help=f"denoising steps; default {STEPS}, for latents without dpm {PAPER_STEPS}")
+    flag("--sampler", choices=["ddpm", "ddim", "dpm"], help="default dpm (DPM-Solver++), which takes the fewest steps; "
+         "for latents ddpm, as in the paper")
     flag("--seed", type=int, default=0)
     flag("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
     flag("--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid")

@@ -131,7 +131,7 @@ TERNARY_EPS = 1e-6  # upstream's; it keeps a matrix of zeros from being divided 
 class _Ternarize(torch.autograd.Function):
     """The straight-through estimator: the forward pass rounds, the backward pass is the identity.
 
-    Training runs the same two lines inside _ScaledTernaryWeight (section 7): whoever changes the rule changes both.
+    Models run the same two lines inside _ScaledTernaryWeight (section 7): whoever changes the rule changes both.
     """
 
     @staticmethod
@@ -1085,8 +1085,8 @@ def packed_path(device, dtype):
 def packed_linear(x, weight, alphas, bias, dtype=None):
     """packed_linear_plain, or for dtype=torch.int8 int8_linear_plain, by the fastest path there is.
 
-    torch.int16 is int8 twice: of x, and of what rounding it to int8 leaves. The second half of the rows costs little
-    where rows are few.
+    torch.int16 stands for two int8 products, of x and of what rounding it to int8 leaves, added in fp32. Where rows are
+    few, as in adaLN, the second costs little.
     """
     dtype = dtype or x.dtype
     if dtype == torch.int16:
@@ -1307,7 +1307,11 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
 
 def integer_matmul(a, b):
     """a (M, K) int8 times b (K, N) int8 -> (M, N) int32, exact."""
-    if a.shape[1] > 1 and has_int_mm(a.device.type):  # with K = 1 it is wrong on a CPU (torch 2.13)
+    M, K = a.shape
+    fits = K > 1  # with K = 1 it is wrong on a CPU (torch 2.13)
+    if a.is_cuda:
+        fits = M > 16 and K % 8 == 0 and b.shape[1] % 8 == 0  # what cuBLASLt takes
+    if fits and has_int_mm(a.device.type):
         return torch._int_mm(a, b)  # torchao builds on it too
     return (a.float() @ b.float()).to(torch.int32)  # exact as well: |sum| <= 127 K < 2^24 for K up to 132,000
 

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import DTYPES, STEPS, sample_images  # noqa: E402
+from sample import DTYPES, SAMPLER, STEPS, sample_images  # noqa: E402
 from terdit import load_model  # noqa: E402
 from train import digits  # noqa: E402
 
@@ -116,7 +116,7 @@ def parse_args():
                         help="the training's seed, which gives the images among which the nearest is looked for")
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance scale")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddpm")
+    parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm"], default=SAMPLER)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--json", help="also write the figures here")
     return parser.parse_args()

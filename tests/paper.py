@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sample import PAPER_STEPS, STEPS, Progress, load_decoder, pick_classes, positive  # noqa: E402
+from sample import PAPER_STEPS, Progress, load_decoder, pick_classes, positive  # noqa: E402
 from sample import run_main, sample_images, to_uint8  # noqa: E402
 from terdit import SIZES, Config, GaussianDiffusion, atomic_write, load_model, read_checkpoint  # noqa: E402
 from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, load_dit, quantize_model  # noqa: E402
@@ -41,6 +41,7 @@ from tests.bench_model import in_its_own_process  # noqa: E402
 from tests.bench_quality import Exam  # noqa: E402
 from train import DEMO, bf16_is_fast, build_model, draw_batch, load_data, make_optimizer, states  # noqa: E402
 
+DDPM_STEPS = 25  # the paper's sampler, in fewer steps
 STEPS_OF = {"tiny": DEMO.steps, "small": 1500}  # a step of small takes more than twice as long
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def exam_of(size):
 def quality(model, n, seed, cfg=1.5):
     """-> samples (n, 3, H, W) of the classes in turn; their accuracy and toy FID."""
     y = torch.arange(n) % 10
-    x = sample_images(model, y, seed, cfg)
+    x = sample_images(model, y, seed, cfg, DDPM_STEPS, "ddpm")
     found = exam_of(model.config.input_size).quality(x, y)
     return x, dict(**found, n=n, seed=seed, cfg=cfg)
 
@@ -316,7 +317,7 @@ def sample_twice(path, args):
     config = model.config
     decode = None
     cfg = 1.5
-    steps = STEPS
+    steps = DDPM_STEPS
     if config.vae:  # a model of latents
         decode = load_decoder(config.vae, config.latent_scale, device)
         cfg = 4.0
@@ -327,7 +328,8 @@ def sample_twice(path, args):
         steps = args.steps
     classes = pick_classes(args.classes, config)
     y = torch.tensor(classes).repeat(2)
-    x = sample_images(model, y, args.seeds[0], cfg, steps, decode=decode, progress=Progress(len(y) * steps))
+    progress = Progress(len(y) * steps)
+    x = sample_images(model, y, args.seeds[0], cfg, steps, "ddpm", decode=decode, progress=progress)
     first, second = x.split(len(classes))
     return config, first, second
 
@@ -375,7 +377,7 @@ def rate_quantizers(n, seed):
     rated.append(Rated("ternary from the start (TerDiT)", 2.0, *quality_of(ternary, n, seed)))
 
     def calibration(model):
-        sample_images(model, torch.arange(20) % 10, seed=seed + 1000)
+        sample_images(model, torch.arange(20) % 10, seed + 1000, steps=DDPM_STEPS, sampler="ddpm")
 
     for method in (*RECONSTRUCTIONS, *reversed(QUANTIZERS)):
         model = quantize_model(load_model(full), method, calibration)
