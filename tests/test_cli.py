@@ -54,7 +54,7 @@ def test_sample_writes_a_grid_and_reports(ckpt, tmp_path):
     assert os.listdir(tmp_path) == ["g.png"]
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 def test_the_seed_decides_and_not_the_batch(ckpt, sampler):
     model = load_model(ckpt)
     y = [0, 1, 2, 0, 1]

@@ -74,6 +74,23 @@ def test_activations_that_are_not_finite_are_named(linear, bad):
         linear(x, pack_ternary(codes), alphas, b)
 
 
+def test_shapes_that_cublaslt_refuses_go_another_way(monkeypatch):
+    """On a GPU torch._int_mm wants more than 16 rows, and K and N in eights. A stand-in for a GPU tensor says so."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def refused(a, b):
+        raise RuntimeError("self.size(0) needs to be greater than 16")
+
+    monkeypatch.setattr(terdit, "has_int_mm", lambda kind: True)
+    monkeypatch.setattr(torch, "_int_mm", refused)
+    a = torch.randint(-127, 128, (4, 16), dtype=torch.int8)
+    b = torch.randint(-1, 2, (16, 24), dtype=torch.int8)
+    want = a.long() @ b.long()
+    assert torch.equal(terdit.integer_matmul(a.as_subclass(OnGpu), b).long(), want)
+
+
 @needs_compiler
 def test_pointers_are_checked():
     x, codes, alphas, b = case(3, 64, 48)
