@@ -61,6 +61,7 @@ def short_training(monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"] | dict(dim=64, n_layers=2, n_heads=2))
     monkeypatch.setattr(train, "digits", few_digits)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests themselves run under nohup
     yield
     for s, handler in handlers.items():
         signal.signal(s, handler)
