@@ -851,6 +851,14 @@ def all_sum(x):
     return x
 
 
+def least_of_all(number):
+    """The least of the processes' whole numbers."""
+    least = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least.item()
+
+
 def full_tensor(x):
     """A tensor whose parts lie on all processes -> the plain tensor, on each of them."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -1506,7 +1514,9 @@ def make_config(flags):
     else:
         flags.size = flags.size or "tiny"
         base = Config(**SIZES[flags.size])
-    recipe = recipe_of(base, flags.image_size)
+    cache = open_cache(Path(flags.data)) if flags.data and is_cache(Path(flags.data)) else None
+    cached_size = cache.header["image_size"] if cache else None
+    recipe = recipe_of(base, flags.image_size or cached_size)
     given = {name: value for name, value in vars(flags).items() if value is not None}
     cfg = replace(recipe, **given)
     if cfg.qk_norm is None:
@@ -1521,12 +1531,11 @@ def make_config(flags):
     if cfg.sample_every is None:
         cfg.sample_every = max(1, cfg.steps // 4)
 
-    cache = open_cache(Path(cfg.data)) if cfg.data and is_cache(Path(cfg.data)) else None
     if base.vae and not cfg.vae and not cache:
         raise ValueError(f"--init {cfg.init} works on {base.in_channels} channels, latents of {base.vae}: add --vae")
     if flags.image_size is None:
         if cache:
-            cfg.image_size = cache.header["image_size"]
+            cfg.image_size = cached_size
         elif cfg.vae:
             cfg.image_size = 256
         elif cfg.init:
@@ -1571,7 +1580,8 @@ def setup(cfg, model_config, init_state):
         for unfinished in cfg.out.glob("state-*.tmp"):
             shutil.rmtree(unfinished)
     barrier()
-    cfg.micro_batch = choose_micro_batch(model_config, cfg, world)
+    # The same on all processes: FSDP waits for each of them at every block of every micro-batch.
+    cfg.micro_batch = least_of_all(choose_micro_batch(model_config, cfg, world))
     torch.manual_seed(cfg.seed)
 
     data = load_data(cfg)

@@ -1,5 +1,8 @@
 """What a command is filled in with: the recipe of a size, a micro-batch that fits, and what --init carries over."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -222,3 +225,12 @@ def test_only_products_are_in_bf16(packed):
     assert seen.pop("layers.0.attention.wq") == torch.bfloat16
     assert set(seen.values()) == {torch.float32}
     assert want.dtype == torch.float32
+
+
+def test_a_cache_of_512_pixels_has_its_own_recipe(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 2, 4, 64, 64), np.float16))
+    np.save(tmp_path / "labels.npy", np.zeros(1, np.int64))
+    header = dict(format=train.CACHE, image_size=512, vae="v", class_names=["a"], latent_scale=1.0, source="x")
+    (tmp_path / "header.json").write_text(json.dumps(header))
+    cfg, config = settings("--size", "4.2B", "--data", str(tmp_path))
+    assert (cfg.steps, cfg.image_size, config.input_size) == (1_360_000, 512, 64)
