@@ -197,7 +197,7 @@ def test_a_process_whose_launcher_was_killed_ends(monkeypatch):
     stop = train.StopSignal()
     stop.sync()
     assert not stop.requested
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: train.PARENT + 1)
     stop.sync()
     assert stop.requested
     assert stop.received == signal.SIGTERM
