@@ -101,9 +101,7 @@ def default_dtype(device, config):
     """bf16 on a GPU. On a CPU int8 for ternary models of latents, which are large, if it has instructions for it."""
     if device == "cuda":
         return "bf16"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
-    has_int8 = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    has_int8 = cpu_has("avx512_vnni", "avx_vnni", "amx_int8")
     return "int8" if config.ternary and config.vae and has_int8 else "fp32"
 
 
@@ -287,6 +285,12 @@ def generator(*numbers):
     """
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
+
+
+def cpu_has(*flags):
+    """Whether the CPU has one of these instruction sets, by the names that Linux gives them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and not set(flags).isdisjoint(cpuinfo.read_text().split())
 
 
 def load_vae(name, device):

@@ -706,19 +706,24 @@ def packed_linear_plain(x, weight, alphas, bias):
     return F.linear(x, unpack_ternary(weight).to(x.dtype) * alphas.to(x.dtype), bias)
 
 
+def round_to_int8(x):
+    """x (..., K) -> fp32 levels of -127 to 127, halves to even, and each row's scale: x is about levels * scale."""
+    x = x.float()
+    greatest = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)  # (..., 1)
+    return (x * (torch.full_like(greatest, 127) / greatest)).round(), greatest / 127
+
+
 def int8_linear_plain(x, weight, alphas, bias):
     """packed_linear_plain with activations in int8 (W1.58A8): x (M, K) fp32 or bf16 -> (M, N) bf16.
 
     Each row of x is rounded to 255 levels between -max|x| and max|x|. A ternary weight is exact in int8, so the integer
     sums are exact, and nearly all of the work runs at int8's rate. ValueError if x is not finite.
     """
-    x = x.float()
-    greatest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)  # (M, 1)
-    if not bool(greatest.isfinite().all()):
+    levels, scales = round_to_int8(x)  # (M, K), (M, 1)
+    if not bool(scales.isfinite().all()):
         raise ValueError("activations are not finite: is the checkpoint damaged?")
-    levels = (x * (torch.full_like(greatest, 127) / greatest)).round().to(torch.int8)  # halves to even
-    sums = integer_matmul(levels, unpack_ternary(weight).t())  # (M, N) int32
-    y = sums.float() * (greatest / 127 * alphas.float())
+    sums = integer_matmul(levels.to(torch.int8), unpack_ternary(weight).t())  # (M, N) int32
+    y = sums.float() * (scales * alphas.float())
     if bias is not None:
         y = y + bias.float()
     return y.to(torch.bfloat16)
@@ -726,9 +731,8 @@ def int8_linear_plain(x, weight, alphas, bias):
 
 def int8_remainder(x):
     """x (..., K) less what int8_linear_plain rounds it to, fp32."""
-    x = x.float()
-    greatest = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return x - (x * (torch.full_like(greatest, 127) / greatest)).round() * (greatest / 127)
+    levels, scales = round_to_int8(x)
+    return x.float() - levels * scales
 
 
 class PackedTernaryLinear(nn.Module):

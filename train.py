@@ -52,7 +52,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import STEPS, Progress, check_common, find_checkpoint, generator, is_state, load_decoder, load_vae
+from sample import STEPS, Progress, check_common, cpu_has, find_checkpoint, generator, is_state, load_decoder, load_vae
 from sample import number_of, peak_memory, positive, printable, run_main, sample_images, save_grid, say
 from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, model_from_state, pack_model, save_checkpoint, unpack_ternary
@@ -705,9 +705,7 @@ def bf16_is_fast(device):
     """Whether the hardware multiplies bf16 itself."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return cpu_has("avx512_bf16", "amx_bf16")
 
 
 def can_compile(device):
