@@ -573,11 +573,13 @@ class GaussianDiffusion:
         log_variance = log_variance.expand_as(x)
         return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=x0)
 
-    def training_losses(self, model, x0, t, y, noise=None):
+    def training_losses(self, model, x0, t, y, noise=None, teacher=None):
         """Loss of model(x_t, timestep, y) for x0 (B, C, H, W), t (B,) int64, y (B,) -> dict of (B,) tensors.
 
         `mse` is the paper's simple loss; `vb`, in bits a dimension, teaches the sigma channels alone (Improved DDPM
         section 3.1): no gradient of it reaches the prediction. Without sigma channels there is none. `loss` is the sum.
+        With a teacher, another model of the same outputs, `distill` is the mean square between both models' outputs,
+        sigma channels included. It is no part of `loss`.
         """
         if noise is None:
             noise = torch.randn_like(x0)
@@ -588,15 +590,20 @@ class GaussianDiffusion:
         pred = out[:, :n_channels]
         target = self.v_rotation(noise, t, x0) if self.prediction == "v" else noise
         mse = ((target - pred) ** 2).flatten(1).mean(1)
+        terms = dict(mse=mse, loss=mse)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_out = teacher(x, timesteps, y).float()
+            terms["distill"] = ((teacher_out - out) ** 2).flatten(1).mean(1)
         if out.shape[1] == n_channels:
-            return dict(mse=mse, loss=mse)
+            return terms
         out_for_vb = torch.cat([pred.detach(), out[:, n_channels:]], dim=1)
         p = self.p_mean_variance(out_for_vb, x, t)
         true_mean, true_log_variance = self.q_posterior(x0, x, t)
         kl = gaussian_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]).flatten(1).mean(1)
         nll = discretized_gaussian_nll(x0, p["mean"], 0.5 * p["log_variance"]).flatten(1).mean(1)
         vb = torch.where(t == 0, nll, kl) / math.log(2)
-        return dict(mse=mse, vb=vb, loss=mse + vb)
+        return terms | dict(vb=vb, loss=mse + vb)
 
     def _sample_loop(self, step, model_fn, x, clip_denoised, noise_fn):
         """From x_T to x_0. step(p, x, t, noise) makes x_{t-1} from x_t; DDPM and DDIM each pass their own."""

@@ -68,6 +68,8 @@ class TrainConfig:
 
     size: str | None = None  # a name in terdit.SIZES; None with init
     init: str | None = None  # start from this checkpoint
+    teacher: str | None = None  # learn the outputs of this checkpoint, too
+    teacher_weight: float = 1.0  # of the mean square between its outputs and the student's, added to the loss
     data: str | None = None  # folder with a subfolder of images for each class, or a cache; None: the embedded digits
     vae: str | None = None  # train on the latents of this VAE
     image_size: int = 32  # pixels; 256 with a VAE
@@ -571,28 +573,70 @@ def fingerprint(state):
     """A number that tells the weights of --init from others, wherever their file lies."""
     crc = 0
     for name in sorted(state):
-        crc = zlib.crc32(state[name].detach().contiguous().flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return crc
 
 
-def match_labels(state, init, their_names, our_names):
-    """Rows of the label table of --init in our order if the classes are the same, else without a table.
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+
+
+def label_rows(their_names, our_names):
+    """For each row of our label table the row of theirs, or None: the classes are not the same.
 
     They are the same if they have the same names, or if ours are ImageNet's 1,000 folders (n01440764, ...), which in
     sorted order have the indices 0 to 999 that name the classes of a released model.
     """
-    if their_names == our_names:
-        return state
     ours = our_names
     if len(ours) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ours):
         ours = [str(i) for i in range(1000)]
-    table = "y_embedder.embedding_table.weight"
-    if their_names and sorted(their_names) == sorted(ours):
-        rows = [their_names.index(name) for name in ours]
-        print(f"label table: the {len(ours)} classes of {init}, in the order of --data")
-        return state | {table: state[table][[*rows, len(rows)]]}  # the last row is the null label
-    print(f"new label table: {init} has {len(state[table]) - 1} classes, here are {len(our_names)}")
-    return {name: value for name, value in state.items() if name != table}
+    if not their_names or sorted(their_names) != sorted(ours):
+        return None
+    rows = [their_names.index(name) for name in ours]
+    return [*rows, len(rows)]  # the last row is the null label
+
+
+def match_labels(state, init, their_names, our_names):
+    """The weights of --init with the rows of their label table in our order, or without it if the classes differ."""
+    if their_names == our_names:
+        return state
+    rows = label_rows(their_names, our_names)
+    if rows:
+        print(f"label table: the {len(our_names)} classes of {init}, in the order of --data")
+        return state | {LABEL_TABLE: state[LABEL_TABLE][rows]}
+    print(f"new label table: {init} has {len(state[LABEL_TABLE]) - 1} classes, here are {len(our_names)}")
+    return {name: value for name, value in state.items() if name != LABEL_TABLE}
+
+
+def load_teacher(cfg, model_config):
+    """The model of --teacher, in eval mode. ValueError: its outputs are of another kind than the student's."""
+    path = find_checkpoint(cfg.teacher)
+    teacher = load_average(path) if is_state(path) else load_model(path)
+    for field in ("prediction", "in_channels", "input_size", "learn_sigma"):
+        theirs = getattr(teacher.config, field)
+        ours = getattr(model_config, field)
+        if theirs != ours:
+            raise ValueError(f"--teacher {cfg.teacher} has {field}={theirs!r}, the student {ours!r}: not comparable")
+    if cfg.dtype == "bf16" and teacher.config.ternary:
+        teacher.set_product_dtype(torch.bfloat16)
+    elif cfg.dtype == "bf16":
+        for p in teacher.layers.parameters():
+            if p.ndim == 2:  # autocast would do so at every step; norms and the stream between blocks stay in fp32
+                p.data = p.data.bfloat16()
+    return teacher
+
+
+def match_teacher(teacher, cfg, model_config):
+    """Put the rows of the teacher's label table in our order. ValueError: its classes or latents are not ours."""
+    if teacher.config.latent_scale != model_config.latent_scale:
+        raise ValueError(f"--teacher {cfg.teacher} has latent_scale={teacher.config.latent_scale}, the student "
+                         f"{model_config.latent_scale}: their latents are of different VAEs")  # fmt: skip
+    rows = label_rows(teacher.config.class_names, model_config.class_names)
+    if rows is None:
+        names = printable(", ".join((teacher.config.class_names or ["unnamed"])[:4]))
+        raise ValueError(f"--teacher {cfg.teacher} has {teacher.config.num_classes} classes ({names}, ...), --data has "
+                         f"{model_config.num_classes}: a teacher must know the same classes")  # fmt: skip
+    table = teacher.y_embedder.embedding_table.weight
+    table.copy_(table[rows])
 
 
 @torch.no_grad()
@@ -615,8 +659,7 @@ def build_model(model_config, state=None, init=None):
     if state is None:
         return model
     ours = model.state_dict()
-    table = "y_embedder.embedding_table.weight"
-    theirs = {table: ours[table]} | state
+    theirs = {LABEL_TABLE: ours[LABEL_TABLE]} | state
     if model_config.adaln_norm and "layers.0.adaLN_modulation.2.weight" not in theirs:
         embedders = {name: value for name, value in theirs.items() if name.startswith(("t_embedder.", "y_embedder."))}
         model.load_state_dict(embedders, strict=False)
@@ -1113,15 +1156,16 @@ def check_state(path, metadata):
 class Run:
     """What a step of training reads and changes."""
 
-    def __init__(self, cfg, data, model, ema, optimizer, decode=None, init_fingerprint=None):
+    def __init__(self, cfg, data, model, ema, optimizer, teacher=None, decode=None, fingerprints=None):
         self.cfg = cfg
         self.data = data
         self.model = model
         self.ema = ema  # AveragedModel: ema.module is the averaged DiT, which is validated, drawn and exported
         self.optimizer = optimizer
+        self.teacher = teacher  # a DiT in eval mode, or None
         self.diffusion = GaussianDiffusion(prediction=model.config.prediction)
         self.decode = decode  # latents -> images, or None
-        self.init_fingerprint = init_fingerprint
+        self.fingerprints = fingerprints or {}  # of the weights of --init and --teacher
         self.step = 0  # steps that are done
         self.pool = ThreadPoolExecutor(1)
         self.upcoming: Future | None = None
@@ -1166,7 +1210,9 @@ class Run:
             seed=cfg.seed,
             dtype=cfg.dtype,
             no_flip=cfg.no_flip or None,  # None as in states that are older than the flag
-            init=self.init_fingerprint,
+            init=self.fingerprints.get("init"),
+            teacher=self.fingerprints.get("teacher"),
+            teacher_weight=cfg.teacher_weight if cfg.teacher else None,
         )
 
 
@@ -1174,16 +1220,17 @@ class Run:
 class StepStats:
     """Statistics of one step, over all processes. Quartiles are of the timestep: 0-249, ... 750-999."""
 
-    loss: float  # mean over the batch
+    loss: float  # mean over the batch, without the teacher's term
+    distill: float  # the teacher's term: mean square between its outputs and the model's; 0 without a teacher
     grad_norm: float  # before clipping
     mse_sum: np.ndarray  # (4,) squared error of the predicted noise, by quartile
     mse_count: np.ndarray  # (4,) images in each quartile
 
 
-def autocast_losses(run, model, batch):
+def autocast_losses(run, model, batch, teacher=None):
     """GaussianDiffusion.training_losses of a micro-batch, in the dtype of the run."""
     with torch.autocast(run.cfg.device, torch.bfloat16, enabled=run.cfg.dtype == "bf16"):
-        return run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise)
+        return run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise, teacher)
 
 
 def train_step(run, batch, show_part=None):
@@ -1191,16 +1238,21 @@ def train_step(run, batch, show_part=None):
     cfg = run.cfg
     world = ranks()[1]
     loss = torch.zeros((), device=cfg.device, dtype=torch.float64)
+    distill = torch.zeros((), device=cfg.device, dtype=torch.float64)
     mse_sum = torch.zeros(4, device=cfg.device, dtype=torch.float64)
     mse_count = torch.zeros(4, device=cfg.device, dtype=torch.float64)
     alphas_cumprod = torch.from_numpy(run.diffusion.alphas_cumprod).to(cfg.device)
     n_done = 0
     # Gradients add up over micro-batches, which bounds the memory of activations.
     for part in batch.split(cfg.micro_batch, cfg.device):
-        terms = autocast_losses(run, run.model, part)
+        terms = autocast_losses(run, run.model, part, run.teacher)
         part_loss = terms["loss"].sum() / cfg.batch
-        (part_loss * world).backward()  # FSDP takes the mean over the processes
         loss += part_loss.detach()
+        if run.teacher:
+            part_distill = terms["distill"].sum() / cfg.batch
+            distill += part_distill.detach()
+            part_loss = part_loss + cfg.teacher_weight * part_distill
+        (part_loss * world).backward()  # FSDP takes the mean over the processes
         mse = terms["mse"].detach().double()
         if run.diffusion.prediction == "v":
             mse = mse * alphas_cumprod[part.t]  # v's error -> the noise's
@@ -1210,9 +1262,9 @@ def train_step(run, batch, show_part=None):
         if show_part:
             show_part(n_done)
     grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)).item()
-    for sum_of_mine in (loss, mse_sum, mse_count):
+    for sum_of_mine in (loss, distill, mse_sum, mse_count):
         all_sum(sum_of_mine)
-    stats = StepStats(loss.item(), grad_norm, mse_sum.cpu().numpy(), mse_count.cpu().numpy())
+    stats = StepStats(loss.item(), distill.item(), grad_norm, mse_sum.cpu().numpy(), mse_count.cpu().numpy())
     if not (math.isfinite(stats.loss) and math.isfinite(grad_norm)):
         kept = f"{states(cfg.out)[-1]} holds the last good state" if states(cfg.out) else "nothing was saved yet"
         raise ValueError(f"step {run.step}: loss {stats.loss}, gradient norm {grad_norm}, not finite: stopped; {kept}. "
@@ -1298,16 +1350,18 @@ def duration(seconds):
 class Log:
     """log.csv and the line on the terminal. A row every ten steps; rows past a resumed step are removed.
 
-        loss            mean since the row before (after a resume, of fewer steps)
+        loss            mean since the row before (after a resume, of fewer steps), without the teacher's term
         mse_q1..4       mean square error of the predicted noise at timesteps 0-249, ... 750-999
         grad_norm, lr   of the row's last step; the norm before clipping
         images_per_s    since the run started or resumed, its first step and sample grids left out
         zero, flipped   share of ternary codes that are 0, and that changed in the last 100 steps (or since the resume)
         val_loss        of the averaged model, on images held out
         tflops          of the model, 1e12 a second on each device (an H100's peak in bf16 is 989)
+        distill         mean square between the teacher's outputs and the model's, since the row before
     """
 
-    FIELDS = "step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss tflops".split()
+    FIELDS = """step loss mse_q1 mse_q2 mse_q3 mse_q4 grad_norm lr images_per_s zero flipped val_loss tflops
+                distill""".split()
 
     def __init__(self, run):
         self.run = run
@@ -1393,6 +1447,8 @@ class Log:
         for quartile in range(4):
             if mse_count[quartile]:
                 row[f"mse_q{quartile + 1}"] = mse_sum[quartile] / mse_count[quartile]
+        if run.teacher:
+            row["distill"] = sum(stats.distill for stats in self.stats) / len(self.stats)
         if val_loss is not None:
             row["val_loss"] = val_loss
         if run.model.config.ternary and run.step % 100 == 0:
@@ -1476,6 +1532,7 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="run folder; default runs/SIZE")
     flag("--init", metavar="CKPT", help="start from a packed.pt, a run folder or a released folder")
+    flag("--teacher", metavar="CKPT", help="learn the outputs of this model, too: it is run on every batch")
     flag("--full-precision", action="store_true", help="no ternary weights (the paper's baseline)")
     flag("--no-adaln-norm", action="store_true", help="no RMS Norm after adaLN (the paper's ablation)")
     flag("--export", action="store_true", default=None, help="only write packed.pt of the newest state in --out")
@@ -1578,6 +1635,7 @@ def setup(cfg, model_config, init_state):
         for unfinished in cfg.out.glob("state-*.tmp"):
             shutil.rmtree(unfinished)
     barrier()
+    teacher = load_teacher(cfg, model_config).to(cfg.device) if cfg.teacher else None
     # The same on all processes: FSDP waits for each of them at every block of every micro-batch.
     cfg.micro_batch = least_of_all(choose_micro_batch(model_config, cfg, world))
     torch.manual_seed(cfg.seed)
@@ -1585,13 +1643,16 @@ def setup(cfg, model_config, init_state):
     data = load_data(cfg)
     header = data.images.header
     class_names = header["class_names"]
-    init_fingerprint = None
+    fingerprints = {}
     if cfg.init:
-        init_fingerprint = fingerprint(init_state)
+        fingerprints["init"] = fingerprint(init_state)
         init_state = match_labels(init_state, cfg.init, model_config.class_names, class_names)
     model_config = replace(model_config, in_channels=data.images.shape[0], input_size=data.images.shape[1],
                            num_classes=len(class_names), class_names=class_names, vae=header.get("vae"),
                            latent_scale=header.get("latent_scale", model_config.latent_scale))  # fmt: skip
+    if teacher:
+        fingerprints["teacher"] = fingerprint(teacher.state_dict())
+        match_teacher(teacher, cfg, model_config)
     with torch.device("cpu" if rank == 0 else "meta"):
         model = build_model(model_config, init_state, cfg.init)
     n_params = sum(p.numel() for p in model.parameters())
@@ -1606,12 +1667,13 @@ def setup(cfg, model_config, init_state):
     for block in model.layers:
         if cfg.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        if compiled:
+    if compiled:
+        for block in (*model.layers, *(teacher.layers if teacher else [])):
             block.compile(dynamic=False)
     decode = None
     if model_config.vae and cfg.grid:
         decode = load_decoder(model_config.vae, model_config.latent_scale, cfg.device)
-    run = Run(cfg, data, model, ema, make_optimizer(model, cfg), decode, init_fingerprint)
+    run = Run(cfg, data, model, ema, make_optimizer(model, cfg), teacher, decode, fingerprints)
     resume(run)
     print(f"{n_params / 1e6:.2f}M parameters{' in full precision' if cfg.full_precision else ''}, "
           f"{(data.images.labels >= 0).sum()} images of {cfg.image_size}x{cfg.image_size}, "
