@@ -5,6 +5,7 @@ python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images o
 python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
 python sample.py --ckpt runs/photos                                  what a run has learned, ended or not
 python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
+python sample.py --ckpt DiT-XL-2-256x256.pt --classes 207 --cfg 4    a file of Meta's DiT
 """
 
 import argparse
@@ -232,7 +233,8 @@ def report(path, model, device, seconds, n, steps):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--ckpt", required=True, help="packed.pt, a run folder of train.py, or a released TerDiT or Large-DiT folder")
+    flag("--ckpt", required=True, help="packed.pt, a run folder of train.py, a released TerDiT or Large-DiT folder, "
+         "or Meta's DiT-XL-2-256x256.pt")
     flag("--classes", nargs="+", help="names or indices; all classes by default (eight of more than ten)")
     flag("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
     flag("--cfg", type=number_of(0, 100), default=1.5, help="guidance scale; 1 is none (default 1.5)")
@@ -248,7 +250,7 @@ def parse_args(argv=None):
     flag("--dtype", choices=DTYPES, help="of products with ternary weights; default bf16 on a GPU; on a CPU int8 for "
          "latents, if it has instructions for it, else fp32")
     flag("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
-    flag("--n-heads", type=positive, help="for released folders whose model has not 32 heads")
+    flag("--n-heads", type=positive, help="of a released model, if they are not 32 (folders) or 16 (Meta's DiT)")
     args = parser.parse_args(argv)
     check_common(parser, args)
     if args.steps and args.steps > 1000:

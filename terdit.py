@@ -7,8 +7,9 @@ The method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.1
     3. DiT                          the transformer, with an RMS Norm after each adaLN        (paper 3.2, figure 3)
     4. GaussianDiffusion            what it is trained on, and how it samples                 (DDPM, DDIM)
     5. pack_ternary, pack_model     four weights in a byte                                    (paper 3.3)
-    6. save_checkpoint, load_model  our files, and the released TerDiT and Large-DiT folders
+    6. save_checkpoint, load_model  our files, the released TerDiT and Large-DiT folders, Meta's DiT files
     7. Fast paths                   what sections 2 and 5 compute, in less time: skip on first reading
+    8. DiTXL                        Meta's DiT, where Large-DiT and TerDiT came from: skip on first reading
 
 Section numbers are those of the paper's first version (May 2024), figures and tables those of the second (April 2025).
 "Upstream" is the TerDiT authors' own code, ADM is OpenAI's guided-diffusion, which DiT took its diffusion from.
@@ -28,6 +29,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+from argparse import Namespace  # upstream's and DiT's files hold one; no other class may be unpickled
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -892,8 +894,6 @@ def released_config(state, args):
 
 def read_released(folder):
     """A released TerDiT or Large-DiT folder -> Config fields, state dict."""
-    from argparse import Namespace  # the one class that upstream's model_args.pth needs; nothing else may be unpickled
-
     candidates = [folder / "consolidated_ema_ternary.00-of-01.pth", folder / "consolidated_ema.00-of-01.pth"]
     weights = next((path for path in candidates if path.is_file()), None)
     if weights is None:
@@ -910,20 +910,29 @@ def read_released(folder):
 
 
 def read_model(path):
-    """A file of save_checkpoint or a released folder -> Config fields, state dict (on the CPU)."""
+    """A file of save_checkpoint, a released folder or a file of DiT -> Config fields, state dict (on the CPU)."""
     path = Path(path)
-    expected = f"a checkpoint of this project (format {FORMAT!r})"
+    expected = f"a checkpoint of this project (format {FORMAT!r}) or of Meta's DiT"
     if (path / "run.json").is_file():
         raise ValueError(f"{path}: a training state: train.py --export --out {path.parent} makes its packed.pt")
     if path.is_dir():
         return read_released(path)
-    ckpt = read_checkpoint(path, expected)
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
-        raise ValueError(f"{path}: not {expected}, but a foreign file")
-    if not (isinstance(ckpt.get("config"), dict) and isinstance(ckpt.get("model"), dict)):
-        raise ValueError(f"{path}: damaged: {expected} holds a config and a model")
-    check_tensors(path, ckpt["model"])
-    return ckpt["config"], ckpt["model"]
+    with torch.serialization.safe_globals([Namespace]):  # DiT's train.py keeps its arguments beside the weights
+        ckpt = read_checkpoint(path, expected)
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"{path}: not {expected}, but a foreign file, a {type(ckpt).__name__}")
+    if ckpt.get("format") == FORMAT:
+        config_fields = ckpt.get("config")
+        state = ckpt.get("model")
+        if not (isinstance(config_fields, dict) and isinstance(state, dict)):
+            raise ValueError(f"{path}: damaged: a checkpoint of this project holds a config and a model")
+    else:
+        config_fields = {}  # model_from_state takes them from the shapes
+        state = find_dit(ckpt)
+        if state is None:
+            raise ValueError(f"{path}: not {expected}, but a foreign file, which holds {list(ckpt)[:4]!r:.99}")
+    check_tensors(path, state)
+    return config_fields, state
 
 
 def checked_state(state, packed):
@@ -946,10 +955,11 @@ def checked_state(state, packed):
 
 
 def load_model(path, device="cpu", dtype=torch.float32, **overrides):
-    """Load a DiT for inference, with its `.config`: a file of save_checkpoint, or a released folder.
+    """Load a model for inference, with its `.config`: a file of save_checkpoint, a released folder, or a file of DiT.
 
-    dtype is that of products with ternary weights (in_dtype). `overrides` replace Config fields: a released folder does
-    not say n_heads (32 in all of them). Raises ValueError or OSError, naming the file.
+    A file of DiT gives a DiTXL (section 8), all else a DiT. dtype is that of products with ternary weights (in_dtype).
+    `overrides` replace Config fields. Released models do not say n_heads: 32 is taken for a folder, 16 for DiT. A wrong
+    one that splits the width goes unnoticed and draws nonsense. Raises ValueError or OSError, naming the file.
     """
     config_fields, state = read_model(path)
     return model_from_state(path, config_fields | overrides, state, device, dtype)
@@ -962,13 +972,21 @@ def model_from_state(path, config_fields, state, device="cpu", dtype=torch.float
     try:
         for value in state.values():
             stored_bytes["codes" if value.dtype == torch.uint8 else "rest"] += value.numel() * value.element_size()
-        config = Config(**config_fields)
-        if 10 * config.n_layers > len(state):  # a block has more than ten; said before all blocks are built
+        if is_dit(state):
+            config = DiTConfig(**dit_sizes(state) | config_fields)
+        else:
+            config = Config(**config_fields)
+        if 10 * config.n_layers > len(state):  # a block has ten or more; said before all blocks are built
             raise ValueError(f"n_layers={config.n_layers}, but it holds only {len(state)} tensors")
         packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
         with torch.device("meta"):
-            model = DiT(config, packed=packed)
+            if is_dit(state):
+                model = DiTXL(config)
+            else:
+                model = DiT(config, packed=packed)
         model.load_state_dict(checked_state(state, packed), assign=True)
+    except KeyError as e:
+        raise ValueError(f"{path}: damaged: there is no {e.args[0]} in it") from None
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"{path}: damaged, or its config is wrong: {' '.join(str(e).split())[:300]}") from None
     model.stored_bytes = stored_bytes
@@ -1432,3 +1450,136 @@ def int8_linear(x, weight, alphas, bias):
         sizes = (ctypes.c_long(M), ctypes.c_long(len(codes) // 4), ctypes.c_long(n), ctypes.c_long(first))
         library.scale_rows(pointer(sums), pointer(scales), alpha, pointer(bias), pointer(y), *sizes)
     return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Meta's DiT: where Large-DiT and TerDiT came from; a baseline, and a teacher. Skip on first reading
+#
+# DiT (Peebles & Xie, arXiv 2212.09748) as its files need it: load_model("DiT-XL-2-256x256.pt") is a DiTXL. It is read
+# and run, not trained, so it has no initial values. What it has in common with section 3 is not written again: the
+# embedders of timestep and label, the final layer, unpatchify and guidance are the same in both.
+
+
+@dataclass
+class DiTConfig(Config):
+    """Config with the sizes of DiT-XL/2 at 256x256. DiT has nothing of multiple_of, norm_eps, qk_norm, pos_embed."""
+
+    dim: int = 1152
+    n_layers: int = 28
+    n_heads: int = 16  # in DiT-XL and L; 12 in B, 6 in S
+    ternary: bool = False
+    adaln_norm: bool = False
+    vae: str | None = "stabilityai/sd-vae-ft-mse"  # DiT's files do not name it, but its sample.py decodes with it
+
+    @property
+    def cond_dim(self):
+        return self.dim
+
+    @property
+    def ffn_dim(self):
+        return 4 * self.dim
+
+
+class DiTAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim)
+        self.proj = nn.Linear(cfg.dim, cfg.dim)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, head_dim) each
+        out = softmax_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+
+class DiTMLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.dim, cfg.ffn_dim)
+        self.fc2 = nn.Linear(cfg.ffn_dim, cfg.dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """TransformerBlock before LLaMA: LayerNorm without gains, GELU for SwiGLU, biases, no rotary positions."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm = nn.LayerNorm(cfg.dim, elementwise_affine=False, eps=1e-6)
+        self.attn = DiTAttention(cfg)
+        self.mlp = DiTMLP(cfg)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+
+    def forward(self, x, c):
+        modulation = self.adaLN_modulation(c)  # (B, 6 * D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
+
+
+class DiTXL(nn.Module):
+    """Meta's DiT of any size; DiTXL(DiTConfig()) is DiT-XL/2 at 256x256. Parameter names are those of its files."""
+
+    unpatchify = DiT.unpatchify
+    forward_with_cfg = DiT.forward_with_cfg
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = cfg = config
+        patches = nn.Conv2d(cfg.in_channels, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
+        self.t_embedder = TimestepEmbedder(cfg.dim)
+        self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.dim)
+        self.pos_embed = nn.Parameter(torch.empty(1, cfg.n_tokens, cfg.dim))  # fixed sines of the column and the row
+        self.blocks = nn.ModuleList([DiTBlock(cfg) for _ in range(cfg.n_layers)])
+        self.final_layer = FinalLayer(cfg, cfg.in_channels * (2 if cfg.learn_sigma else 1))
+
+    def forward(self, x, t, y):
+        """As DiT.forward. The positions are a table of one size, so x of another size is a ValueError."""
+        channels = self.config.in_channels
+        size = self.config.input_size
+        if x.shape[1:] != (channels, size, size):
+            raise ValueError(f"x is {tuple(x.shape)}, expected (B, {channels}, {size}, {size})")
+        patches = self.x_embedder["proj"](x.to(self.pos_embed.dtype))  # (B, D, H / p, W / p)
+        h = patches.flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.unpatchify(self.final_layer(h, c), size)
+
+
+def is_dit(state):
+    """Whether a state dict is DiT's, which embeds patches by a convolution, where Large-DiT has a linear layer."""
+    return "x_embedder.proj.weight" in state
+
+
+def find_dit(ckpt):
+    """The state dict of DiT in the contents of a file, or None. A released file holds it alone; DiT's train.py writes
+    {"model", "ema", "opt", "args"}, of which the average is taken."""
+    state = ckpt.get("ema", ckpt.get("model", ckpt))
+    return state if isinstance(state, dict) and is_dit(state) else None
+
+
+def dit_sizes(state):
+    """Config fields that the shapes in a state dict of DiT tell. The heads are in no shape."""
+    dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    _, n_tokens, _ = state["pos_embed"].shape
+    n_outputs = len(state["final_layer.linear.weight"])
+    num_classes = len(state["y_embedder.embedding_table.weight"]) - 1  # the last row is the null label
+    class_names = None
+    if num_classes == 1000:  # the rows are ImageNet's classes in sorted order, so a class's index names it
+        class_names = [str(i) for i in range(num_classes)]
+    return dict(
+        input_size=round(n_tokens**0.5) * patch_size,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        dim=dim,
+        n_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        num_classes=num_classes,
+        learn_sigma=n_outputs == 2 * in_channels * patch_size**2,
+        class_names=class_names,
+    )

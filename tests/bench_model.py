@@ -26,9 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import peak_memory, sample_latents  # noqa: E402
-from terdit import SIZES, Config, DiT, PackedTernaryLinear, packed_linear_plain, packed_path  # noqa: E402
-from terdit import unpack_ternary  # noqa: E402
-from tests.baselines import DiTConfig, DiTXL  # noqa: E402
+from terdit import SIZES, Config, DiT, DiTConfig, DiTXL, PackedTernaryLinear, packed_linear_plain  # noqa: E402
+from terdit import packed_path, unpack_ternary  # noqa: E402
 from tests.turns import in_turns  # noqa: E402
 
 MODES = ["int8", "packed", "dense", "upstream"]

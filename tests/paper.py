@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from sample import PAPER_STEPS, Progress, load_decoder, pick_classes, positive  # noqa: E402
 from sample import run_main, sample_images, to_uint8  # noqa: E402
-from terdit import SIZES, Config, GaussianDiffusion, atomic_write, load_model, read_checkpoint  # noqa: E402
-from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, load_dit, quantize_model  # noqa: E402
+from terdit import SIZES, Config, GaussianDiffusion, atomic_write, load_model  # noqa: E402
+from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, quantize_model  # noqa: E402
 from tests.bench_model import in_its_own_process  # noqa: E402
 from tests.bench_quality import Exam  # noqa: E402
 from train import DEMO, bf16_is_fast, build_model, draw_batch, load_data, make_optimizer, states  # noqa: E402
@@ -299,21 +299,11 @@ def publish(args, name, title, columns, rows, results):
 # Figures 1 and 5, and any two checkpoints
 
 
-def load_any(path, device):
-    """A checkpoint of ours, a released folder, or one of Meta's DiT files; on a GPU in bf16, which kernel.cu needs."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    if Path(path).is_file():
-        with torch.serialization.safe_globals([argparse.Namespace]):  # as in load_dit
-            state = read_checkpoint(path, "a checkpoint of this project, or one of DiT")
-        if isinstance(state, dict) and "format" not in state:
-            return load_dit(path).to(device, dtype)
-    return load_model(path, device, dtype)
-
-
 def sample_twice(path, args):
     """-> the config of a checkpoint, and two samples of each class, as two rows of all classes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_any(path, device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # kernel.cu needs bf16
+    model = load_model(path, device, dtype)
     config = model.config
     decode = None
     cfg = 1.5

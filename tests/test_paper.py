@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +16,10 @@ from PIL import Image
 
 from terdit import Config, DiT, pack_model, save_checkpoint
 from tests import paper
-from tests.baselines import DiTConfig, DiTXL
 from tests.bench_model import in_its_own_process, step_seconds
 from tests.conftest import ROOT
 from tests.helpers import SMALL
-from tests.test_baselines import TINY as DIT
+from tests.test_dit import random_dit
 from train import DEMO, Data, Images, digits
 
 
@@ -103,12 +102,15 @@ def test_compare_wants_one_shape(two, tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_load_any_takes_metas_files(tmp_path):
-    state = DiTXL(DiTConfig(**DIT | dict(dim=48, n_heads=16))).state_dict()
-    torch.save(state, tmp_path / "released.pt")
-    torch.save(dict(ema=state, args=Namespace(lr=1e-4)), tmp_path / "trained.pt")
-    for name in ("released.pt", "trained.pt"):
-        assert paper.load_any(tmp_path / name, "cpu").config.dim == 48
+def test_compare_takes_metas_files(tmp_path, monkeypatch):
+    def load_decoder(name, latent_scale, device):
+        return partial(torch.narrow, dim=1, start=0, length=3)  # three channels of the latents are the picture
+
+    monkeypatch.setattr(paper, "load_decoder", load_decoder)
+    torch.save(random_dit(dim=64, n_heads=16).state_dict(), tmp_path / "dit.pt")
+    args = SimpleNamespace(classes=None, steps=1, cfg=None, seeds=[0], out=tmp_path)
+    paper.compare(args, [tmp_path / "dit.pt", tmp_path / "dit.pt"])
+    assert read_png(tmp_path / "compare.png").shape == (4 * (96 + 4), 290 + 5 * 96, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def test_sizes_are_measured_in_a_process_of_their_own():
 
 def test_a_step_of_dit_is_timed(monkeypatch):
     """One guided image: the class and no class, in the model's dtype."""
-    model = DiTXL(DiTConfig(**DIT | dict(num_classes=1000))).bfloat16().eval()
+    model = random_dit(num_classes=1000).bfloat16()
     calls = []
     guided = model.forward_with_cfg
 
