@@ -958,8 +958,8 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     """Load a model for inference, with its `.config`: a file of save_checkpoint, a released folder, or a file of DiT.
 
     A file of DiT gives a DiTXL (section 8), all else a DiT. dtype is that of products with ternary weights (in_dtype).
-    `overrides` replace Config fields. Released models do not say n_heads: 32 is taken for a folder, 16 for DiT. A wrong
-    one that splits the width goes unnoticed and draws nonsense. Raises ValueError or OSError, naming the file.
+    `overrides` replace Config fields. Released models do not say n_heads: 32 is taken for a folder, Meta's for DiT. A
+    wrong one that splits the width goes unnoticed and draws nonsense. Raises ValueError or OSError, naming the file.
     """
     config_fields, state = read_model(path)
     return model_from_state(path, config_fields | overrides, state, device, dtype)
@@ -1466,7 +1466,7 @@ class DiTConfig(Config):
 
     dim: int = 1152
     n_layers: int = 28
-    n_heads: int = 16  # in DiT-XL and L; 12 in B, 6 in S
+    n_heads: int = 16
     ternary: bool = False
     adaln_norm: bool = False
     vae: str | None = "stabilityai/sd-vae-ft-mse"  # DiT's files do not name it, but its sample.py decodes with it
@@ -1538,6 +1538,10 @@ class DiTXL(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(cfg) for _ in range(cfg.n_layers)])
         self.final_layer = FinalLayer(cfg, cfg.in_channels * (2 if cfg.learn_sigma else 1))
 
+    @property
+    def layers(self):
+        return self.blocks
+
     def forward(self, x, t, y):
         """As DiT.forward. The positions are a table of one size, so x of another size is a ValueError."""
         channels = self.config.in_channels
@@ -1565,7 +1569,8 @@ def find_dit(ckpt):
 
 
 def dit_sizes(state):
-    """Config fields that the shapes in a state dict of DiT tell. The heads are in no shape."""
+    """Config fields that the shapes in a state dict of DiT tell. The heads are in no shape: in Meta's models they are
+    72 wide in XL, and 64 in L, B and S."""
     dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     _, n_tokens, _ = state["pos_embed"].shape
     n_outputs = len(state["final_layer.linear.weight"])
@@ -1579,6 +1584,7 @@ def dit_sizes(state):
         in_channels=in_channels,
         dim=dim,
         n_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        n_heads=16 if dim == 1152 else max(1, dim // 64),
         num_classes=num_classes,
         learn_sigma=n_outputs == 2 * in_channels * patch_size**2,
         class_names=class_names,

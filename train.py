@@ -54,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sample import STEPS, Progress, check_common, cpu_has, find_checkpoint, generator, is_state, load_decoder, load_vae
 from sample import number_of, peak_memory, positive, printable, run_main, sample_images, save_grid, say
-from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
+from terdit import SIZES, TERNARY_EPS, Config, DiT, DiTXL, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, model_from_state, pack_model, save_checkpoint, unpack_ternary
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -561,6 +561,8 @@ def read_init(path):
     if is_state(path):
         return Config(**read_metadata(path)["config"]), read_average(path)
     model = load_model(path)
+    if isinstance(model, DiTXL):
+        raise ValueError(f"--init {path}: Meta's DiT has other layers than ours, it can only be a --teacher")
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, PackedTernaryLinear):

@@ -40,7 +40,6 @@ from terdit import model_from_state, pack_model, ternarize  # noqa: E402
 from tests.bench_quality import Exam  # noqa: E402
 from tests.paper import Panel, plot, publish, save_png  # noqa: E402
 
-OUT = Path("runs/recipes")
 N_HELD_OUT = 2048  # digits
 N_TIMESTEPS = 2  # of each digit
 N_SAMPLES = 500  # for the toy FID, in SAMPLE_STEPS steps of dpm
@@ -150,13 +149,15 @@ def fading_teacher():
     train.train_step = with_fading
 
 
-def fields_of_demo(**fields):
-    """A change of train.DEMO."""
-
+def teacher_weight(weight):
     def change():
-        train.DEMO = replace(train.DEMO, **fields)
+        train.DEMO = replace(train.DEMO, teacher_weight=weight)
 
     return change
+
+
+def decay_in_the_first_half():
+    train.DEMO = replace(train.DEMO, decay_until=0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,14 +191,18 @@ STARTS = [
     Recipe("init-ramp-1500", "from full precision, ramp", 1500, START, ramp),
     Recipe("both-ramp-1500", "from full precision, with teacher, ramp", 1500, BOTH, ramp),
     Recipe("both-half-lr-1500", "from full precision, with teacher, rate 2e-3", 1500, f"{BOTH} --lr 2e-3"),
-    Recipe("both-weight4-1500", "from full precision, teacher's weight 4", 1500, BOTH, fields_of_demo(teacher_weight=4.0)),
-    Recipe("both-weight16-1500", "from full precision, teacher's weight 16", 1500, BOTH, fields_of_demo(teacher_weight=16.0)),
+    Recipe("both-weight4-1500", "from full precision, teacher's weight 4", 1500, BOTH, teacher_weight(4)),
+    Recipe("both-weight16-1500", "from full precision, teacher's weight 16", 1500, BOTH, teacher_weight(16)),
     Recipe("both-fading-1500", "from full precision, teacher's weight 2 to 0", 1500, BOTH, fading_teacher),
     Recipe("both-no-decay-1500", "from full precision, teacher, no weight decay", 1500, f"{BOTH} --decay 0"),
+    Recipe("both-lr2-w4-1500", "both, rate 2e-3, weight 4", 1500, f"{BOTH} --lr 2e-3", teacher_weight(4)),
+    Recipe("both-lr2-d0-1500", "both, rate 2e-3, no decay", 1500, f"{BOTH} --lr 2e-3 --decay 0"),
+    Recipe("both-lr2-w4-d0-1500", "both, rate 2e-3, weight 4, no decay", 1500, f"{BOTH} --lr 2e-3 --decay 0", teacher_weight(4)),
+    Recipe("both-lr1-w4-1500", "both, rate 1e-3, weight 4", 1500, f"{BOTH} --lr 1e-3", teacher_weight(4)),
 ]
 PARTS = [
     Recipe("no-decay-1500", "no weight decay", 1500, "--decay 0"),
-    Recipe("half-decay-1500", "weight decay in the first half alone", 1500, "", fields_of_demo(decay_until=0.5)),
+    Recipe("half-decay-1500", "weight decay in the first half alone", 1500, "", decay_in_the_first_half),
     Recipe("alphas-1500", "alphas at the full rate", 1500, "", alphas_at_full_rate),
     Recipe("constant-1500", "constant rate", 1500, "", constant_rate),
     Recipe("two-stage-1500", "two-stage rate", 1500, "", two_stage_rate),
@@ -234,8 +239,8 @@ def total_steps(recipe, size):
 # One training, and what it is worth
 
 
-def folder_of(size, recipe, seed):
-    return OUT / size / f"{recipe.name}-seed{seed}"
+def folder_of(args, size, recipe, seed):
+    return args.out / size / f"{recipe.name}-seed{seed}"
 
 
 @torch.no_grad()
@@ -268,17 +273,17 @@ def raw_model(out):
     return pack_model(model) if model.config.ternary else model
 
 
-def train_one(size, name, seed, divisor):
+def train_one(args, size, name, seed):
     """Train a recipe, judge it, and leave the result in its folder."""
     recipe = next(recipe for recipe in STUDIES[size] if recipe.name == name)
-    out = folder_of(size, recipe, seed)
-    full = folder_of(size, STUDIES[size][0], seed) / "full.pt"
+    out = folder_of(args, size, recipe, seed)
+    full = folder_of(args, size, STUDIES[size][0], seed) / "full.pt"
     if recipe.change:
         recipe.change()
     flags = recipe.flags.replace("FULL", str(full)).split()
     if "--init" not in flags:
         flags += ["--size", size]
-    train.main(["--compile", "--grid", "0", "--steps", str(recipe.steps // divisor), "--seed", str(seed),
+    train.main(["--compile", "--grid", "0", "--steps", str(recipe.steps // args.divisor), "--seed", str(seed),
                 "--out", str(out), *flags])  # fmt: skip
     model = load_model(out / ("full.pt" if "--full-precision" in flags else "packed.pt"))
     samples = sample_images(model, classes_in_turn(), seed, steps=SAMPLE_STEPS)
@@ -292,11 +297,12 @@ def train_one(size, name, seed, divisor):
 
 def start(size, recipe, seed, args):
     """Run train_one in a process of its own, on one thread; its output goes to log.txt."""
-    out = folder_of(size, recipe, seed)
+    out = folder_of(args, size, recipe, seed)
     if (out / RESULTS).is_file():
         return
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--one", size, recipe.name, str(seed), "--divisor", str(args.divisor)]
+    command = [sys.executable, __file__, "--one", size, recipe.name, str(seed),
+               "--divisor", str(args.divisor), "--out", str(args.out)]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(out / "log.txt", "a") as log:
         done = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -347,16 +353,16 @@ class Gap:
         return f"{self.mean:+.4f} +- {self.error:.4f} ({self.percent:+.1f}%)"
 
 
-def gap_of(size, recipe, seeds, kind="losses"):
+def gap_of(args, size, recipe, kind="losses"):
     """-> Gap over the seeds that are done, or None."""
     gaps = []
     losses = []
     references = []
-    for seed in seeds:
-        path = folder_of(size, recipe, seed) / RESULTS
+    for seed in args.seeds:
+        path = folder_of(args, size, recipe, seed) / RESULTS
         if path.is_file():
             loss = np.load(path)[kind]
-            reference = np.load(folder_of(size, STUDIES[size][0], seed) / RESULTS)["losses"]
+            reference = np.load(folder_of(args, size, STUDIES[size][0], seed) / RESULTS)["losses"]
             gaps.append(loss - reference)
             losses.append(loss.mean())
             references.append(reference.mean())
@@ -368,34 +374,33 @@ def gap_of(size, recipe, seeds, kind="losses"):
     return Gap(np.mean(of_seeds), error, of_seeds, np.mean(losses), 100 * np.mean(of_seeds) / np.mean(references))
 
 
-def row_of(size, recipe, seeds, kind="losses"):
+def row_of(args, size, recipe, kind="losses"):
     """A line of the table, or None: the recipe is not trained yet."""
-    gap = gap_of(size, recipe, seeds, kind)
+    gap = gap_of(args, size, recipe, kind)
     if gap is None:
         return None
     title = recipe.title
     fids = ""
     if kind == "losses":
-        paths = [folder_of(size, recipe, seed) / RESULTS for seed in seeds]
+        paths = [folder_of(args, size, recipe, seed) / RESULTS for seed in args.seeds]
         fids = ", ".join(f"{toy_fid(path):.2f}" for path in paths if path.is_file())
     else:
         title += ": raw weights, not their average"
     by_seed = ", ".join(f"{g:+.4f}" for g in gap.of_seeds)
-    return [size, title, f"{recipe.steps:,}", f"{total_steps(recipe, size):,.0f}", f"{gap.loss:.4f}", str(gap), by_seed,
-            fids]  # fmt: skip
+    steps = recipe.steps // args.divisor
+    all_steps = total_steps(recipe, size) / args.divisor
+    return [size, title, f"{steps:,}", f"{all_steps:,.0f}", f"{gap.loss:.4f}", str(gap), by_seed, fids]
 
 
 def draw_plot(args):
     """The gap against the student's steps and against the steps of all models."""
     by_student = {}
     by_total = {}
-    for recipe in STUDIES["tiny"]:
-        gap = gap_of("tiny", recipe, args.seeds)
-        if recipe.change or "norm" in recipe.flags or "--lr" in recipe.flags or "--decay" in recipe.flags:
-            continue
-        if gap and recipe.name != FULL:
-            by_student.setdefault(recipe.title, []).append((recipe.steps, gap.mean))
-            by_total.setdefault(recipe.title, []).append((total_steps(recipe, "tiny"), gap.mean))
+    for recipe in (*MAIN, *LONG):
+        gap = gap_of(args, "tiny", recipe)
+        if gap:
+            by_student.setdefault(recipe.title, []).append((recipe.steps / args.divisor, gap.mean))
+            by_total.setdefault(recipe.title, []).append((total_steps(recipe, "tiny") / args.divisor, gap.mean))
     panels = []
     for label, points in (("steps of the student", by_student), ("steps of all models", by_total)):
         lines = {name: tuple(zip(*sorted(line))) for name, line in points.items()}
@@ -404,13 +409,13 @@ def draw_plot(args):
 
 
 def report(args):
-    """The table of what is trained, recipes.md, and the plot."""
+    """Print the table of what is trained, and leave it with the plot in --out."""
     rows = []
     for size in args.sizes:
         for recipe in STUDIES[size]:
-            rows.append(row_of(size, recipe, args.seeds))
+            rows.append(row_of(args, size, recipe))
             if recipe.name in RAW_TOO:
-                rows.append(row_of(size, recipe, args.seeds, "raw_losses"))
+                rows.append(row_of(args, size, recipe, "raw_losses"))
     rows = [row for row in rows if row]
     columns = ["size", "recipe", "steps", "steps of all models", "held-out loss", "above full precision", "by seed",
                "toy FID by seed"]  # fmt: skip
@@ -427,10 +432,16 @@ def parse_args():
     flag("--sizes", nargs="+", choices=STUDIES, default=list(STUDIES))
     flag("--only", nargs="+", metavar="NAME", help="recipes by name, for example both-1500")
     flag("--jobs", type=positive, default=os.cpu_count(), help="trainings at a time, each on one thread")
+    flag("--out", type=Path, default=Path("runs/recipes"))
     flag("--divisor", type=positive, default=1, help=argparse.SUPPRESS)
     flag("--one", nargs=3, metavar=("SIZE", "NAME", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.out = OUT
+    if args.quick:
+        args.out = Path("runs/recipes-quick")
+        args.seeds = [0]
+        args.sizes = ["tiny"]
+        args.divisor = 5
+        args.only = [FULL, *(recipe.name for recipe in MAIN)]
     return args
 
 
@@ -438,7 +449,7 @@ def main():
     args = parse_args()
     if args.one:
         size, name, seed = args.one
-        train_one(size, name, int(seed), args.divisor)
+        train_one(args, size, name, int(seed))
         return
     if not args.table:
         run_study(args)

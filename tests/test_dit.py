@@ -236,10 +236,11 @@ def test_other_classes_have_no_names(dit_file):
 
 
 def test_what_the_shapes_do_not_tell(tmp_path, dit_file):
-    """The heads are those of DiT-XL, the VAE is that of DiT's sample.py, unless load_model is told otherwise."""
-    torch.save(random_dit(dim=64, n_heads=16).state_dict(), tmp_path / "wide.pt")
-    config = load_model(tmp_path / "wide.pt").config
-    assert (config.n_heads, config.vae, config.prediction) == (16, "stabilityai/sd-vae-ft-mse", "eps")
+    """Heads are as in Meta's models of this width, the VAE is DiT's sample.py's, unless load_model is told otherwise."""
+    for dim, heads in ((384, 6), (768, 12), (1152, 16)):
+        torch.save(random_dit(dim=dim, n_layers=1, n_heads=heads).state_dict(), tmp_path / "wide.pt")
+        config = load_model(tmp_path / "wide.pt").config
+        assert (config.n_heads, config.vae, config.prediction) == (heads, "stabilityai/sd-vae-ft-mse", "eps")
     config = load_model(dit_file, n_heads=HEADS, vae=None, class_names=list("abcde")).config
     assert (config.n_heads, config.vae, config.class_names) == (HEADS, None, list("abcde"))
 
