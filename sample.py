@@ -8,16 +8,21 @@ python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released 
 """
 
 import argparse
+import fcntl
 import os
 import resource
+import socket
 import sys
 import time
 import unicodedata
 import warnings
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from terdit import GaussianDiffusion, atomic_write, first_line, in_dtype, load_model, packed_path
@@ -275,6 +280,59 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared with train.py, which draws sample grids too and answers wrong flags in the same words
+
+
+PARENT = os.getppid()  # with many processes: their launcher
+
+
+def init_distributed(device):
+    """Join the process group of a launcher (torchrun), if one started this process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+
+
+def ranks():
+    """This process's number, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def locked(out, doing="trains"):
+    """Make the run folder, and keep other runs out of it: two would mix their states and logs.
+
+    The lock is the operating system's, so a killed run leaves none behind. Of many processes the first one holds it.
+    """
+    if ranks()[0] > 0:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise ValueError(f"--out {out}: {holder} {doing} there: wait, stop it, or take another --out") from None
+        except OSError as e:
+            print(f"note: {out} cannot be locked ({first_line(e)}): start no second run there")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
 
 
 def generator(*numbers):
