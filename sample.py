@@ -3,19 +3,23 @@
 python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
 python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images of two classes
 python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
+torchrun --nproc-per-node=8 sample.py --ckpt runs/600M --npz 50000   the same on many GPUs; the same command goes on
 python sample.py --ckpt runs/photos                                  what a run has learned, ended or not
 python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
 """
 
 import argparse
 import fcntl
+import json
 import os
 import resource
+import shutil
 import socket
 import sys
 import time
 import unicodedata
 import warnings
+import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -37,7 +41,8 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", "": 
 
 def main(argv=None):
     args = parse_args(argv)
-    path = find_checkpoint(args.ckpt)
+    init_distributed(args.device)
+    path = from_rank_0(find_checkpoint(args.ckpt))  # a run that is still training may save a newer one meanwhile
     model = load(path, args)
     config = model.config
     classes = pick_classes(args.classes, config, everything=bool(args.npz))
@@ -50,20 +55,27 @@ def main(argv=None):
         print(f"released checkpoint: class names are ImageNet's indices ({name} is row {classes[0]})")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
-    start = time.time()
-    progress = Progress(n * steps)
-    images = sample_images(model, y, args.seed, args.cfg, steps, sampler, args.batch, decode, progress,
-                           args.guided_channels)  # fmt: skip
-    seconds = time.time() - start
+    options = dict(seed=args.seed, cfg_scale=args.cfg, steps=steps, sampler=sampler, batch=args.batch,
+                   guided_channels=args.guided_channels)  # fmt: skip
 
-    if not images.isfinite().all():
-        raise ValueError(f"{path}: the samples are not finite; is the checkpoint damaged?")
+    def draw(y, progress, index=None):
+        images = sample_images(model, y, decode=decode, progress=progress, index=index, **options)
+        if not images.isfinite().all():
+            raise ValueError(f"{path}: the samples are not finite; is the checkpoint damaged?")
+        return images
+
     if args.npz:
-        atomic_write(args.out, lambda file: np.savez(file, to_uint8(images), y.numpy()))
+        settings = options | model_settings(model, args.device) | dict(npz=n, classes=classes)
+        start = time.time()
+        n_drawn = sample_npz(args.out, draw, y, steps, settings, bytes_of_image(config))
     else:
+        start = time.time()
+        n_drawn = n
+        images = draw(y, Progress(n * steps))
         save_grid(images, min(len(classes), n), args.out)
-    report(path, model, args.device, seconds, n, steps)
+    report(path, model, args.device, time.time() - start, n_drawn, steps)
     print(f"wrote {args.out}")
+    leave_distributed()
 
 
 def is_state(path):
@@ -111,12 +123,17 @@ def default_dtype(device, config):
 
 
 def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER, batch=100, decode=None, progress=None,
-                  guided_channels=None):  # fmt: skip
-    """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU, computed `batch` at a time."""
+                  guided_channels=None, index=None):  # fmt: skip
+    """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU, computed `batch` at a time.
+
+    index (n,): the images' numbers in the run, 0 to n - 1 if None; the other arguments are sample_latents'.
+    """
     y = torch.as_tensor(y)
+    if index is None:
+        index = torch.arange(len(y))
     images = []
-    for index in torch.arange(len(y)).split(batch):
-        x = sample_latents(model, y[index], index.tolist(), seed, cfg_scale, steps, sampler, progress, guided_channels)
+    for numbers, labels in zip(index.split(batch), y.split(batch)):
+        x = sample_latents(model, labels, numbers.tolist(), seed, cfg_scale, steps, sampler, progress, guided_channels)
         if decode:
             x = decode(x)
         images.append(x.float().clamp(-1, 1).cpu())
@@ -190,6 +207,117 @@ def pick_classes(wanted, config, everything=False):
     return picked
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# An .npz of many images, drawn by any number of processes that may be stopped at any time
+
+
+def sample_npz(out, draw, y, steps, settings, image_bytes):
+    """Draw images of the labels y (n,), in batches that the processes share, and write them to the .npz file `out`.
+
+    draw(y, progress, index) -> images (b, 3, H, W) fp32, whose numbers are index (b,). settings: all that the images
+    depend on. image_bytes: of one image in uint8. -> how many images were drawn now, by all processes together.
+
+    Each batch goes to a file of its own in the folder OUT.part, so memory holds a batch, however many there are. A run
+    that was stopped, even by a power cut, goes on with the batches that have no file, on any number of processes. The
+    batches are the same for every number of processes, so the images are, too, to the bit (on CPUs with as many threads
+    each).
+    ValueError: OUT.part holds other images, or another run is at work there. OSError: the disk is too small.
+    """
+    rank, world = ranks()
+    part = Path(os.path.realpath(out) + ".part")
+    batches = torch.arange(len(y)).split(settings["batch"])
+    files = [part / f"images-{number:07d}.npy" for number in range(len(batches))]
+    with locked(part, "draws"):
+        missing = None
+        if rank == 0:
+            missing = missing_batches(part, files, batches, settings, image_bytes)
+            if len(missing) < len(batches):
+                print(f"{part}: {len(batches) - len(missing)} of {len(batches)} batches are drawn already")
+        missing = from_rank_0(missing)
+        own = missing[rank::world]
+        # Rank 0 has the largest share: when it is done, all are, to within a batch. So its time left stands for theirs.
+        progress = Progress(steps * sum(len(batches[i]) for i in own)) if rank == 0 else None
+        try:
+            for i in own:
+                if world > 1 and os.getppid() != PARENT:
+                    sys.exit("stopped: the launcher has ended")
+                images = to_uint8(draw(y[batches[i]], progress, batches[i]))
+                # Flushed to the disk before it gets its name: a file that exists is whole.
+                atomic_write(files[i], lambda file: np.save(file, images))
+            barrier()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {part} keeps what is drawn: the same command goes on") from None
+        if rank == 0:
+            atomic_write(out, lambda file: write_npz(file, files, y.numpy()))
+            (part / "settings.json").unlink()  # first: without it, what a kill leaves of the folder counts for nothing
+            shutil.rmtree(part, ignore_errors=True)  # NFS keeps a folder with an open file, the lock
+    return sum(len(batches[i]) for i in missing)
+
+
+def missing_batches(part, files, batches, settings, image_bytes):
+    """Numbers of the batches that have no file in the folder `part` yet; it is prepared if it is new. Errors: above."""
+    settings_file = part / "settings.json"
+    is_new = not settings_file.is_file()
+    if is_new:
+        for file in part.glob("*.npy"):  # of a folder that was being removed
+            file.unlink()
+    else:
+        theirs = json.loads(settings_file.read_text())
+        for name, value in settings.items():
+            if theirs.get(name) != value:
+                raise ValueError(f"{part} holds images drawn with {name}={theirs.get(name)!r:.99}, this command says "
+                                 f"{value!r:.99}: repeat the command that drew them to go on, delete the folder, or "
+                                 "take another --out")  # fmt: skip
+    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    for_batches = image_bytes * sum(len(batches[i]) for i in missing)
+    for_npz = image_bytes * sum(map(len, batches))
+    free = shutil.disk_usage(part).free
+    if for_batches + for_npz > free:
+        if is_new:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{part.parent} has too little space: the images yet to draw take {in_mb(for_batches)}, and the "
+                      f".npz at the end {in_mb(for_npz)}; {in_mb(free)} are free")  # fmt: skip
+    if is_new:
+        atomic_write(settings_file, lambda file: file.write(json.dumps(settings).encode()))
+    return missing
+
+
+def write_npz(file, parts, labels):
+    """np.savez(file, images, labels), where the files `parts` hold the images: one part is in memory at a time."""
+    image_shape = np.load(parts[0], mmap_mode="r").shape[1:]
+    header = dict(descr="|u1", fortran_order=False, shape=(len(labels), *image_shape))
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:  # may be larger than 2 GB
+            np.lib.format.write_array_header_1_0(member, header)
+            for path in parts:
+                try:
+                    member.write(np.load(path).tobytes())
+                except (ValueError, EOFError) as e:
+                    raise ValueError(f"{path} is damaged ({first_line(e)}): delete it and repeat the command") from None
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, labels)
+
+
+def bytes_of_image(config):
+    """Bytes of an image in uint8. The VAEs of released models have 8 x 8 pixels a latent."""
+    side = config.input_size * (8 if config.vae else 1)
+    return 3 * side**2
+
+
+def model_settings(model, device):
+    """What tells this model's images from another one's, wherever its file lies."""
+    from train import fingerprint  # not above: train.py imports this file
+
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    dtype = model.product_dtype if model.config.ternary else next(model.parameters()).dtype
+    return dict(weights=fingerprint(weights), vae=model.config.vae, n_heads=model.config.n_heads, device=device,
+                dtype=str(dtype), torch=torch.__version__)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line, and what is printed at the end
+
+
 def count_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -231,7 +359,8 @@ def report(path, model, device, seconds, n, steps):
     in_memory = count_bytes([*model.buffers(), *model.parameters()])
     kind = "GPU memory" if device == "cuda" else "resident memory"
     print(f"weights in memory {in_mb(in_memory)}; peak {kind} {in_mb(peak_memory(device))}")
-    print(f"{n} images in {seconds:.1f} s: {seconds / n:.3f} s an image, {steps} steps")
+    if n > 0:  # else an earlier run has drawn them all
+        print(f"{n} images in {seconds:.1f} s: {seconds / n:.3f} s an image, {steps} steps")
 
 
 def parse_args(argv=None):
@@ -246,7 +375,8 @@ def parse_args(argv=None):
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], help="default dpm (DPM-Solver++), which takes the fewest steps; "
          "for latents ddpm, as in the paper")
     flag("--seed", type=int, default=0)
-    flag("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
+    flag("--batch", type=positive, default=100, help="images at a time, of each process; changes speed and "
+         "memory, not images")
     flag("--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid")
     flag("--out", help="default grid.png or samples.npz")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -258,6 +388,9 @@ def parse_args(argv=None):
     check_common(parser, args)
     if args.steps and args.steps > 1000:
         parser.error(f"argument --steps: got {args.steps}, expected at most 1000")
+    if not args.npz and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # One process draws a grid in seconds to minutes. Refused, so that nobody believes that many draw it faster.
+        parser.error("several processes share the batches of --npz N; for a grid start one: python sample.py ...")
     if args.npz and args.n:
         parser.error("--npz N says how many images: leave out --n")
     if args.out is None:
@@ -272,6 +405,8 @@ def parse_args(argv=None):
         parser.error(f"argument --out: {args.out} ends in {ending}, expected {', '.join(sorted(endings - {''}))}"
                      f"{'; --npz N writes .npz' if ending == '.npz' else ''}")  # fmt: skip
     if target.exists() and not target.is_file():
+        if args.npz:  # its batches are kept in a folder beside it
+            parser.error(f"argument --out: {args.out} is a device or a pipe, expected a file for --npz")
         return args  # a device or a pipe, in a folder that need not be writable
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         parser.error(f"argument --out: {folder} is not a folder that can be written to")
@@ -309,6 +444,26 @@ def ranks():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_rank_0(value):
+    """The value that rank 0 has, on all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def leave_distributed():
+    """End a process that has taken part in a group, if this is one.
+
+    torch's own teardown sometimes aborts it ("terminate called without an active exception"), and the launcher then
+    kills the others, rank 0 at its files included.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 @contextmanager
@@ -470,6 +625,8 @@ def run_main(main):
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except (MemoryError, RuntimeError) as e:
+        if "Connection closed by peer" in str(e):  # gloo's words
+            sys.exit("stopped: another process has ended")
         if not is_out_of_memory(e):
             raise
         sys.exit(f"error: out of memory ({first_line(e)}). Try a smaller --micro-batch, --image-size or --size, or "
