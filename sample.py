@@ -56,7 +56,7 @@ def main(argv=None):
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
     options = dict(seed=args.seed, cfg_scale=args.cfg, steps=steps, sampler=sampler, batch=args.batch,
-                   guided_channels=args.guided_channels)  # fmt: skip
+                   guided_channels=args.guided_channels, guidance_interval=args.guidance_interval)  # fmt: skip
 
     def draw(y, progress, index=None):
         images = sample_images(model, y, decode=decode, progress=progress, index=index, **options)
@@ -123,7 +123,7 @@ def default_dtype(device, config):
 
 
 def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER, batch=100, decode=None, progress=None,
-                  guided_channels=None, index=None):  # fmt: skip
+                  guided_channels=None, guidance_interval=None, index=None):  # fmt: skip
     """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU, computed `batch` at a time.
 
     index (n,): the images' numbers in the run, 0 to n - 1 if None; the other arguments are sample_latents'.
@@ -133,7 +133,8 @@ def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER,
         index = torch.arange(len(y))
     images = []
     for numbers, labels in zip(index.split(batch), y.split(batch)):
-        x = sample_latents(model, labels, numbers.tolist(), seed, cfg_scale, steps, sampler, progress, guided_channels)
+        x = sample_latents(model, labels, numbers.tolist(), seed, cfg_scale, steps, sampler, progress, guided_channels,
+                           guidance_interval)  # fmt: skip
         if decode:
             x = decode(x)
         images.append(x.float().clamp(-1, 1).cpu())
@@ -142,11 +143,13 @@ def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER,
 
 @torch.no_grad()
 def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER, progress=None,
-                   guided_channels=None):  # fmt: skip
+                   guided_channels=None, guidance_interval=None):  # fmt: skip
     """The guided denoising loop: labels y (n,) -> x_0 (n, C, H, W) fp32.
 
     index: each image's number in the run. Its noise is a function of the seed and this number, so an image is the same
     whatever batch it is computed in (a matmul of another height may round its last bits otherwise).
+    guidance_interval: the lowest and the highest timestep of 0..999 that are guided; None guides all. At the others the
+    model runs without its unconditional half (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     """
     config = model.config
     device = next(model.parameters()).device
@@ -161,7 +164,11 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=
     null = torch.full_like(y, config.num_classes)
 
     def model_fn(x, t):
-        if cfg_scale == 1:
+        guided = cfg_scale != 1
+        if guided and guidance_interval:
+            low, high = guidance_interval
+            guided = low <= int(t[0]) <= high  # all images are at the same timestep
+        if not guided:
             out = model(x, t, y)
         else:
             twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
@@ -371,6 +378,8 @@ def parse_args(argv=None):
     flag("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
     flag("--cfg", type=number_of(0, 100), default=1.5, help="guidance scale; 1 is none (default 1.5)")
     flag("--guided-channels", type=positive, metavar="N", help="guide the first N channels; default all; upstream 3")
+    flag("--guidance-interval", type=timestep, nargs=2, metavar=("LOW", "HIGH"), help="guide only at timesteps LOW to "
+         "HIGH, of 0 (least noise) to 999; default all")
     flag("--steps", type=positive, help=f"denoising steps; default {STEPS}, for latents without dpm {PAPER_STEPS}")
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], help="default dpm (DPM-Solver++), which takes the fewest steps; "
          "for latents ddpm, as in the paper")
@@ -388,6 +397,9 @@ def parse_args(argv=None):
     check_common(parser, args)
     if args.steps and args.steps > 1000:
         parser.error(f"argument --steps: got {args.steps}, expected at most 1000")
+    if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
+        low, high = args.guidance_interval
+        parser.error(f"argument --guidance-interval: got {low} {high}, expected LOW of at most HIGH")
     if not args.npz and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # One process draws a grid in seconds to minutes. Refused, so that nobody believes that many draw it faster.
         parser.error("several processes share the batches of --npz N; for a grid start one: python sample.py ...")
@@ -595,6 +607,13 @@ def positive(text):
     """argparse type: a whole number of at least 1."""
     if not text.isdigit() or not 1 <= int(text) <= 10**9:
         raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1 (and at most 10^9)")
+    return int(text)
+
+
+def timestep(text):
+    """argparse type: a timestep of the 1000 that the model is trained at."""
+    if not text.isdigit() or int(text) > 999:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of 0 to 999")
     return int(text)
 
 

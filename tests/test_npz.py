@@ -246,6 +246,7 @@ def test_a_folder_that_was_being_removed_counts_for_nothing(ckpt, out):
     [
         ("--seed 1", "seed=0", "1"),
         ("--cfg 3", "cfg_scale=1.5", "3.0"),
+        ("--guidance-interval 0 500", "guidance_interval=None", "[0, 500]"),
         ("--guided-channels 2", "guided_channels=None", "2"),
         ("--steps 3", "steps=2", "3"),
         ("--sampler ddim", "sampler='dpm'", "'ddim'"),
