@@ -3,22 +3,32 @@
 python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
 python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images of two classes
 python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
+torchrun --nproc-per-node=8 sample.py --ckpt runs/600M --npz 50000   the same on many GPUs; the same command goes on
 python sample.py --ckpt runs/photos                                  what a run has learned, ended or not
 python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
 python sample.py --ckpt DiT-XL-2-256x256.pt --classes 207 --cfg 4    a file of Meta's DiT
 """
 
 import argparse
+import fcntl
+import json
 import os
 import resource
+import shutil
+import socket
 import sys
 import time
 import unicodedata
 import warnings
+import zipfile
+import zlib
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from terdit import GaussianDiffusion, atomic_write, first_line, in_dtype, load_model, packed_path
@@ -33,7 +43,8 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", "": 
 
 def main(argv=None):
     args = parse_args(argv)
-    path = find_checkpoint(args.ckpt)
+    init_distributed(args.device)
+    path = from_rank_0(find_checkpoint(args.ckpt))  # a run that is still training may save a newer one meanwhile
     model = load(path, args)
     config = model.config
     classes = pick_classes(args.classes, config, everything=bool(args.npz))
@@ -46,20 +57,27 @@ def main(argv=None):
         print(f"released checkpoint: class names are ImageNet's indices ({name} is row {classes[0]})")
     decode = load_decoder(config.vae, config.latent_scale, args.device) if config.vae else None
 
-    start = time.time()
-    progress = Progress(n * steps)
-    images = sample_images(model, y, args.seed, args.cfg, steps, sampler, args.batch, decode, progress,
-                           args.guided_channels)  # fmt: skip
-    seconds = time.time() - start
+    options = dict(seed=args.seed, cfg_scale=args.cfg, steps=steps, sampler=sampler, batch=args.batch,
+                   guided_channels=args.guided_channels, guidance_interval=args.guidance_interval)  # fmt: skip
 
-    if not images.isfinite().all():
-        raise ValueError(f"{path}: the samples are not finite; is the checkpoint damaged?")
+    def draw(y, progress, index=None):
+        images = sample_images(model, y, decode=decode, progress=progress, index=index, **options)
+        if not images.isfinite().all():
+            raise ValueError(f"{path}: the samples are not finite; is the checkpoint damaged?")
+        return images
+
     if args.npz:
-        atomic_write(args.out, lambda file: np.savez(file, to_uint8(images), y.numpy()))
+        settings = options | model_settings(model, args.device) | dict(npz=n, classes=classes)
+        start = time.time()
+        n_drawn = sample_npz(args.out, draw, y, steps, settings, bytes_of_image(config))
     else:
+        start = time.time()
+        n_drawn = n
+        images = draw(y, Progress(n * steps))
         save_grid(images, min(len(classes), n), args.out)
-    report(path, model, args.device, seconds, n, steps)
+    report(path, model, args.device, time.time() - start, n_drawn, steps)
     print(f"wrote {args.out}")
+    leave_distributed()
 
 
 def is_state(path):
@@ -107,12 +125,18 @@ def default_dtype(device, config):
 
 
 def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER, batch=100, decode=None, progress=None,
-                  guided_channels=None):  # fmt: skip
-    """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU, computed `batch` at a time."""
+                  guided_channels=None, guidance_interval=None, index=None):  # fmt: skip
+    """Labels y (n,) -> images (n, 3, H, W) fp32 in [-1, 1] on the CPU, computed `batch` at a time.
+
+    index (n,): the images' numbers in the run, 0 to n - 1 if None; the other arguments are sample_latents'.
+    """
     y = torch.as_tensor(y)
+    if index is None:
+        index = torch.arange(len(y))
     images = []
-    for index in torch.arange(len(y)).split(batch):
-        x = sample_latents(model, y[index], index.tolist(), seed, cfg_scale, steps, sampler, progress, guided_channels)
+    for numbers, labels in zip(index.split(batch), y.split(batch)):
+        x = sample_latents(model, labels, numbers.tolist(), seed, cfg_scale, steps, sampler, progress, guided_channels,
+                           guidance_interval)  # fmt: skip
         if decode:
             x = decode(x)
         images.append(x.float().clamp(-1, 1).cpu())
@@ -121,11 +145,13 @@ def sample_images(model, y, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER,
 
 @torch.no_grad()
 def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=SAMPLER, progress=None,
-                   guided_channels=None):  # fmt: skip
+                   guided_channels=None, guidance_interval=None):  # fmt: skip
     """The guided denoising loop: labels y (n,) -> x_0 (n, C, H, W) fp32.
 
     index: each image's number in the run. Its noise is a function of the seed and this number, so an image is the same
     whatever batch it is computed in (a matmul of another height may round its last bits otherwise).
+    guidance_interval: the lowest and the highest timestep of 0..999 that are guided; None guides all. At the others the
+    model runs without its unconditional half (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     """
     config = model.config
     device = next(model.parameters()).device
@@ -140,7 +166,11 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=STEPS, sampler=
     null = torch.full_like(y, config.num_classes)
 
     def model_fn(x, t):
-        if cfg_scale == 1:
+        guided = cfg_scale != 1
+        if guided and guidance_interval:
+            low, high = guidance_interval
+            guided = low <= int(t[0]) <= high  # all images are at the same timestep
+        if not guided:
             out = model(x, t, y)
         else:
             twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
@@ -186,6 +216,114 @@ def pick_classes(wanted, config, everything=False):
     return picked
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# An .npz of many images, drawn by any number of processes that may be stopped at any time
+
+
+def sample_npz(out, draw, y, steps, settings, image_bytes):
+    """Draw images of the labels y (n,), in batches that the processes share, and write them to the .npz file `out`.
+
+    draw(y, progress, index) -> images (b, 3, H, W) fp32, whose numbers are index (b,). settings: all that the images
+    depend on. image_bytes: of one image in uint8. -> how many images were drawn now, by all processes together.
+
+    Each batch goes to a file of its own in the folder OUT.part, so memory holds a batch, however many there are. A run
+    that was stopped, even by a power cut, goes on with the batches that have no file, on any number of processes. The
+    batches are the same for every number of processes, so the images are, too, to the bit (on CPUs with as many threads
+    each).
+    ValueError: OUT.part holds other images, or another run is at work there. OSError: the disk is too small.
+    """
+    rank, world = ranks()
+    part = Path(os.path.realpath(out) + ".part")
+    batches = torch.arange(len(y)).split(settings["batch"])
+    files = [part / f"images-{number:07d}.npy" for number in range(len(batches))]
+    with locked(part, "draws"):
+        missing = None
+        if rank == 0:
+            missing = missing_batches(part, files, batches, settings, image_bytes)
+            if len(missing) < len(batches):
+                print(f"{part}: {len(batches) - len(missing)} of {len(batches)} batches are drawn already")
+        missing = from_rank_0(missing)
+        own = missing[rank::world]
+        # Rank 0 has the largest share: when it is done, all are, to within a batch. So its time left stands for theirs.
+        progress = Progress(steps * sum(len(batches[i]) for i in own)) if rank == 0 else None
+        try:
+            for i in own:
+                if world > 1 and os.getppid() != PARENT:
+                    sys.exit("stopped: the launcher has ended")
+                images = to_uint8(draw(y[batches[i]], progress, batches[i]))
+                # Flushed to the disk before it gets its name: a file that exists is whole.
+                atomic_write(files[i], lambda file: np.save(file, images))
+            barrier()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {part} keeps what is drawn: the same command goes on") from None
+        if rank == 0:
+            atomic_write(out, lambda file: write_npz(file, files, y.numpy()))
+            (part / "settings.json").unlink()  # first: without it, what a kill leaves of the folder counts for nothing
+            shutil.rmtree(part, ignore_errors=True)  # NFS keeps a folder with an open file, the lock
+    return sum(len(batches[i]) for i in missing)
+
+
+def missing_batches(part, files, batches, settings, image_bytes):
+    """Numbers of the batches that have no file in the folder `part` yet; it is prepared if it is new. Errors: above."""
+    settings_file = part / "settings.json"
+    is_new = not settings_file.is_file()
+    if is_new:
+        for file in part.glob("*.npy"):  # of a folder that was being removed
+            file.unlink()
+    else:
+        theirs = json.loads(settings_file.read_text())
+        for name, value in settings.items():
+            if theirs.get(name) != value:
+                raise ValueError(f"{part} holds images drawn with {name}={theirs.get(name)!r:.99}, this command says "
+                                 f"{value!r:.99}: repeat the command that drew them to go on, delete the folder, or "
+                                 "take another --out")  # fmt: skip
+    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    for_batches = image_bytes * sum(len(batches[i]) for i in missing)
+    for_npz = image_bytes * sum(map(len, batches))
+    free = shutil.disk_usage(part).free
+    if for_batches + for_npz > free:
+        if is_new:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{part.parent} has too little space: the images yet to draw take {in_mb(for_batches)}, and the "
+                      f".npz at the end {in_mb(for_npz)}; {in_mb(free)} are free")  # fmt: skip
+    if is_new:
+        atomic_write(settings_file, lambda file: file.write(json.dumps(settings).encode()))
+    return missing
+
+
+def write_npz(file, parts, labels):
+    """np.savez(file, images, labels), where the files `parts` hold the images: one part is in memory at a time."""
+    image_shape = np.load(parts[0], mmap_mode="r").shape[1:]
+    header = dict(descr="|u1", fortran_order=False, shape=(len(labels), *image_shape))
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:  # may be larger than 2 GB
+            np.lib.format.write_array_header_1_0(member, header)
+            for path in parts:
+                try:
+                    member.write(np.load(path).tobytes())
+                except (ValueError, EOFError) as e:
+                    raise ValueError(f"{path} is damaged ({first_line(e)}): delete it and repeat the command") from None
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, labels)
+
+
+def bytes_of_image(config):
+    """Bytes of an image in uint8. The VAEs of released models have 8 x 8 pixels a latent."""
+    side = config.input_size * (8 if config.vae else 1)
+    return 3 * side**2
+
+
+def model_settings(model, device):
+    """What tells this model's images from another one's, wherever its file lies."""
+    dtype = model.product_dtype if model.config.ternary else next(model.parameters()).dtype
+    return dict(weights=fingerprint(model.state_dict()), vae=model.config.vae, n_heads=model.config.n_heads,
+                device=device, dtype=str(dtype), torch=torch.__version__)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line, and what is printed at the end
+
+
 def count_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -227,7 +365,8 @@ def report(path, model, device, seconds, n, steps):
     in_memory = count_bytes([*model.buffers(), *model.parameters()])
     kind = "GPU memory" if device == "cuda" else "resident memory"
     print(f"weights in memory {in_mb(in_memory)}; peak {kind} {in_mb(peak_memory(device))}")
-    print(f"{n} images in {seconds:.1f} s: {seconds / n:.3f} s an image, {steps} steps")
+    if n > 0:  # else an earlier run has drawn them all
+        print(f"{n} images in {seconds:.1f} s: {seconds / n:.3f} s an image, {steps} steps")
 
 
 def parse_args(argv=None):
@@ -239,11 +378,14 @@ def parse_args(argv=None):
     flag("--n", type=positive, help="images in all, the classes taking turns; four a class by default")
     flag("--cfg", type=number_of(0, 100), default=1.5, help="guidance scale; 1 is none (default 1.5)")
     flag("--guided-channels", type=positive, metavar="N", help="guide the first N channels; default all; upstream 3")
+    flag("--guidance-interval", type=timestep, nargs=2, metavar=("LOW", "HIGH"), help="guide only at timesteps LOW to "
+         "HIGH, of 0 (least noise) to 999; default all")
     flag("--steps", type=positive, help=f"denoising steps; default {STEPS}, for latents without dpm {PAPER_STEPS}")
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], help="default dpm (DPM-Solver++), which takes the fewest steps; "
          "for latents ddpm, as in the paper")
     flag("--seed", type=int, default=0)
-    flag("--batch", type=positive, default=100, help="images at a time; changes speed and memory, not images")
+    flag("--batch", type=positive, default=100, help="images at a time, of each process; changes speed and "
+         "memory, not images")
     flag("--npz", type=positive, metavar="N", help="write N images of classes in turn as .npz instead of a grid")
     flag("--out", help="default grid.png or samples.npz")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -255,6 +397,12 @@ def parse_args(argv=None):
     check_common(parser, args)
     if args.steps and args.steps > 1000:
         parser.error(f"argument --steps: got {args.steps}, expected at most 1000")
+    if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
+        low, high = args.guidance_interval
+        parser.error(f"argument --guidance-interval: got {low} {high}, expected LOW of at most HIGH")
+    if not args.npz and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # One process draws a grid in seconds to minutes. Refused, so that nobody believes that many draw it faster.
+        parser.error("several processes share the batches of --npz N; for a grid start one: python sample.py ...")
     if args.npz and args.n:
         parser.error("--npz N says how many images: leave out --n")
     if args.out is None:
@@ -269,6 +417,8 @@ def parse_args(argv=None):
         parser.error(f"argument --out: {args.out} ends in {ending}, expected {', '.join(sorted(endings - {''}))}"
                      f"{'; --npz N writes .npz' if ending == '.npz' else ''}")  # fmt: skip
     if target.exists() and not target.is_file():
+        if args.npz:  # its batches are kept in a folder beside it
+            parser.error(f"argument --out: {args.out} is a device or a pipe, expected a file for --npz")
         return args  # a device or a pipe, in a folder that need not be writable
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         parser.error(f"argument --out: {folder} is not a folder that can be written to")
@@ -279,6 +429,80 @@ def parse_args(argv=None):
 # Shared with train.py, which draws sample grids too and answers wrong flags in the same words
 
 
+PARENT = os.getppid()  # with many processes: their launcher
+
+
+def init_distributed(device):
+    """Join the process group of a launcher (torchrun), if one started this process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+
+
+def ranks():
+    """This process's number, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_rank_0(value):
+    """The value that rank 0 has, on all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def leave_distributed():
+    """End a process that has taken part in a group, if this is one: all that it had to write is written.
+
+    torch's own teardown sometimes aborts it ("terminate called without an active exception"), and the launcher then
+    kills the others, rank 0 at its files included.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+@contextmanager
+def locked(out, doing="trains"):
+    """Make the run folder, and keep other runs out of it: two would mix their states and logs.
+
+    The lock is the operating system's, so a killed run leaves none behind. Of many processes the first one holds it.
+    """
+    if ranks()[0] > 0:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise ValueError(f"--out {out}: {holder} {doing} there: wait, stop it, or take another --out") from None
+        except OSError as e:
+            print(f"note: {out} cannot be locked ({first_line(e)}): start no second run there")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
+
+
 def generator(*numbers):
     """A random generator seeded by these whole numbers.
 
@@ -287,6 +511,14 @@ def generator(*numbers):
     """
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
+
+
+def fingerprint(state):
+    """A number that tells these weights from others, wherever their file lies."""
+    crc = 0
+    for name in sorted(state):
+        crc = zlib.crc32(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def cpu_has(*flags):
@@ -387,6 +619,13 @@ def positive(text):
     return int(text)
 
 
+def timestep(text):
+    """argparse type: a timestep of the 1000 that the model is trained at."""
+    if not text.isdigit() or int(text) > 999:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of 0 to 999")
+    return int(text)
+
+
 def number_of(low, high):
     """argparse type: a number of low to high; nan is none."""
 
@@ -414,6 +653,8 @@ def run_main(main):
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except (MemoryError, RuntimeError) as e:
+        if "Connection closed by peer" in str(e):  # gloo's words
+            sys.exit("stopped: another process has ended")
         if not is_out_of_memory(e):
             raise
         sys.exit(f"error: out of memory ({first_line(e)}). Try a smaller --micro-batch, --image-size or --size, or "

@@ -17,7 +17,6 @@ last `main`, with `train`, the loop. Read `train` first if you like.
 import argparse
 import colorsys
 import errno
-import fcntl
 import json
 import math
 import os
@@ -25,7 +24,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 import unicodedata
@@ -52,8 +50,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import STEPS, Progress, check_common, cpu_has, find_checkpoint, generator, is_state, load_decoder, load_vae
-from sample import number_of, peak_memory, positive, printable, run_main, sample_images, save_grid, say
+from sample import PARENT, STEPS, Progress, barrier, check_common, cpu_has, find_checkpoint, fingerprint, generator
+from sample import init_distributed, is_state, leave_distributed, load_decoder, load_vae, locked, number_of, peak_memory
+from sample import positive, printable, ranks, run_main, sample_images, save_grid, say
 from terdit import SIZES, TERNARY_EPS, Config, DiT, DiTXL, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, model_from_state, pack_model, save_checkpoint, unpack_ternary
 
@@ -571,14 +570,6 @@ def read_init(path):
     return model.config, state
 
 
-def fingerprint(state):
-    """A number that tells the weights of --init from others, wherever their file lies."""
-    crc = 0
-    for name in sorted(state):
-        crc = zlib.crc32(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return crc
-
-
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
@@ -858,35 +849,6 @@ def choose_micro_batch(config, cfg, world):
 # Many processes
 
 
-PARENT = os.getppid()  # with many processes: their launcher
-
-
-def init_distributed(device):
-    """Join the process group of a launcher (torchrun), if one started this process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    backend = "gloo"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
-
-
-def ranks():
-    """This process's number, and how many there are."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def all_sum(x):
     """x, in place, summed over the processes."""
     if dist.is_initialized():
@@ -934,30 +896,6 @@ def shard_model(model, device):
 # The state of a run on disk: everything that an exact resume needs
 
 STATE = "terdit-state-3"
-
-
-@contextmanager
-def locked(out):
-    """Make the run folder, and keep other runs out of it: two would mix their states and logs.
-
-    The lock is the operating system's, so a killed run leaves none behind. Of many processes the first one holds it.
-    """
-    if ranks()[0] > 0:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(200).strip() or "another process"
-            raise ValueError(f"--out {out}: {holder} trains there: wait, stop it, or take another --out") from None
-        except OSError as e:
-            print(f"note: {out} cannot be locked ({first_line(e)}): start no second run there")
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        yield
 
 
 def states(out):
@@ -1775,9 +1713,9 @@ def train(run):
 def finish(run):
     """Write packed.pt and the last sample grid."""
     cfg = run.cfg
-    rank, world = ranks()
+    is_first = ranks()[0] == 0
     path = export(run)
-    if rank == 0:
+    if is_first:
         fp32_mb = 4 * sum(p.numel() for p in run.model.parameters()) / 1e6
         print(f"peak memory {peak_memory(cfg.device) / 1e9:.1f} GB")
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; in fp32 the weights would take {fp32_mb:.2f} MB")
@@ -1785,11 +1723,7 @@ def finish(run):
             draw_grid(run, load_model(path, cfg.device), cfg.out / "grid.png")  # the picture comes from the file
             print(f"{cfg.out / 'grid.png'}: samples of {path.name}")
             draw_curve(cfg.out)
-    if world > 1:
-        # All is written. torch's own teardown sometimes aborts a process that has taken part in a group ("terminate
-        # called without an active exception"), and the launcher then kills the others, rank 0 at its files included.
-        sys.stdout.flush()
-        os._exit(0)
+    leave_distributed()
 
 
 if __name__ == "__main__":

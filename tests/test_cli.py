@@ -102,6 +102,40 @@ def test_a_guidance_scale_of_one_is_no_guidance(ckpt):
     assert np.abs(draw(model, [0, 1], cfg_scale=4.0) - almost_one).max() > 5
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_the_unconditional_half_is_computed_inside_the_guidance_interval_alone(ckpt, monkeypatch, sampler):
+    model = load_model(ckpt)
+    timesteps = [999, 799, 599, 400, 200, 0]  # of six steps; bounds that are visited are inside
+    seen = []
+    forward = model.forward
+
+    def counting_forward(x, t, y):
+        seen.append((int(t[0]), len(x), (y == model.config.num_classes).sum().item()))
+        return forward(x, t, y)
+
+    monkeypatch.setattr(model, "forward", counting_forward)
+    draw(model, [0, 1, 2], steps=6, sampler=sampler, guidance_interval=(200, 799))
+    assert seen == [(t, 6, 3) if 200 <= t <= 799 else (t, 3, 0) for t in timesteps]
+
+
+@pytest.mark.parametrize("interval, cfg_scale", [((0, 999), 4.0), ((1, 199), 1.0)])
+def test_a_guidance_interval_of_all_or_no_timesteps(ckpt, interval, cfg_scale):
+    """All: the same as no interval. None of those visited (six steps, as above): the same as no guidance."""
+    model = load_model(ckpt)
+    got = draw(model, [0, 1], cfg_scale=4.0, steps=6, guidance_interval=interval)
+    assert (got == draw(model, [0, 1], cfg_scale=cfg_scale, steps=6)).all()
+    assert (got != draw(model, [0, 1], cfg_scale=4.0, steps=6, guidance_interval=(200, 799))).any()
+
+
+def test_the_command_takes_a_guidance_interval(ckpt, tmp_path):
+    for name, flags in [("all", []), ("some", ["--guidance-interval", "0", "500"])]:
+        sample.main(["--ckpt", str(ckpt), "--npz", "3", "--steps", "4", "--out", str(tmp_path / f"{name}.npz"), *flags])
+    model = load_model(ckpt)
+    images = np.load(tmp_path / "some.npz")["arr_0"]
+    assert (images == draw(model, [0, 1, 2], steps=4, guidance_interval=(0, 500))).all()
+    assert (images != np.load(tmp_path / "all.npz")["arr_0"]).any()
+
+
 @pytest.mark.parametrize("name, format", [("x.jpg", "JPEG"), ("x.PNG", "PNG"), ("x.webp", "WEBP"), ("x", "PNG")])
 def test_a_grid_has_the_format_of_its_ending(ckpt, tmp_path, name, format):
     sample.main(["--ckpt", str(ckpt), "--n", "3", "--steps", "1", "--out", str(tmp_path / name)])
@@ -173,6 +207,10 @@ def run_sample(flags, capsys):
         ("--cfg inf", 2, "got inf, expected a number of 0 to 100"),
         ("--cfg 1e39", 2, "got 1e39, expected a number of 0 to 100"),
         ("--cfg x", 2, "argument --cfg: invalid number value: 'x'"),
+        ("--guidance-interval 5", 2, "argument --guidance-interval: expected 2 arguments"),
+        ("--guidance-interval -1 5", 2, "argument --guidance-interval: got -1, expected a whole number of 0 to 999"),
+        ("--guidance-interval 0 1000", 2, "got 1000, expected a whole number of 0 to 999"),
+        ("--guidance-interval 6 5", 2, "argument --guidance-interval: got 6 5, expected LOW of at most HIGH"),
         ("--out x.npz", 2, "x.npz ends in .npz, expected .jpeg, .jpg, .png, .webp; --npz N writes .npz"),
         ("--out x.pdf", 2, "x.pdf ends in .pdf, expected .jpeg, .jpg, .png, .webp"),
         ("--out x.png --npz 4", 2, "x.png ends in .png, expected .npz"),

@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_be_locked_is_told(tmp_path, monkeypatch, capsys):
     def flock(file, flags):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(train.fcntl, "flock", flock)
+    monkeypatch.setattr(sample.fcntl, "flock", flock)
     assert run(tmp_path, "--steps", 1)["step"] == 1
     assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 
