@@ -116,10 +116,17 @@ DEMO = TrainConfig(  # tiny and small, tuned for minutes on two cores
 )
 
 
-def recipe_of(model_config, image_size):
-    """What a model of this size is trained with where the command does not say."""
+# tiny and small from full-precision weights: half the rate, chosen by held-out loss (tests/recipes.py)
+FINE_TUNE = replace(DEMO, steps=2500, lr=2e-3)
+
+
+def recipe_of(model_config, image_size, becomes_ternary=False):
+    """What a model of this size is trained with where the command does not say.
+
+    becomes_ternary: it starts from full-precision weights (--init). Nobody has tried which rate then suits large sizes.
+    """
     if model_config.prediction == "v":  # tiny, small, and what was trained like them
-        return DEMO
+        return FINE_TUNE if becomes_ternary else DEMO
     if model_config.dim < SIZES["4.2B"]["dim"]:
         return PAPER
     return PAPER_LARGE_512 if image_size == 512 else PAPER_LARGE
@@ -1462,9 +1469,11 @@ def parse_args(argv=None):
     flag("--no-flip", action="store_true", help="mirror no images: for letters, signs, left and right hands")
     flag("--batch", type=positive, help="images a step of all processes; default 16 for tiny, small; 512 for 4.2B; 256")
     flag("--micro-batch", type=positive, help="images at a time within a step; default up to 32, as many as fit")
-    flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small, {PAPER.steps:,} up to 600M, "
+    flag("--steps", type=positive, help=f"default {DEMO.steps:,} for tiny and small ({FINE_TUNE.steps:,} from "
+         f"full precision), {PAPER.steps:,} up to 600M, "
          f"at 4.2B {PAPER_LARGE.steps:,} ({PAPER_LARGE_512.steps:,} at 512 pixels)")
-    flag("--lr", type=number_of(1e-12, 100), help="default 4e-3 for tiny and small, else 1e-4")
+    flag("--lr", type=number_of(1e-12, 100), help="default 4e-3 for tiny and small (2e-3 from full precision), "
+         "else 1e-4")
     flag("--decay", type=number_of(0, 100), help="weight decay of the blocks' matrices; default 0.3 for tiny and "
          "small, else 0; above these sizes it ends with the first half of the steps")
     flag("--qk-norm", action=argparse.BooleanOptionalAction, help="LayerNorm on queries and keys, which makes bf16 "
@@ -1511,7 +1520,8 @@ def make_config(flags):
         base = Config(**SIZES[flags.size])
     cache = open_cache(Path(flags.data)) if flags.data and is_cache(Path(flags.data)) else None
     cached_size = cache.header["image_size"] if cache else None
-    recipe = recipe_of(base, flags.image_size or cached_size)
+    becomes_ternary = bool(flags.init) and not base.ternary and not flags.full_precision
+    recipe = recipe_of(base, flags.image_size or cached_size, becomes_ternary)
     given = {name: value for name, value in vars(flags).items() if value is not None}
     cfg = replace(recipe, **given)
     if cfg.qk_norm is None:

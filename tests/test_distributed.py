@@ -132,3 +132,16 @@ def test_a_launcher_that_ends_takes_its_processes_along(one, tmp_path, number):
     step = load_run(out)["step"]
     assert 1 <= step < 20
     assert train_on(2, out, "--steps", 20) == pytest.approx(losses_one[step:], rel=1e-5)
+
+
+def test_two_processes_learn_from_a_teacher_as_one_does(one, tmp_path):
+    flags = ("--steps", 10, "--seed", 1, "--teacher", one[0] / "packed.pt")
+    for folder in ("alone", "together"):
+        (tmp_path / folder).mkdir()
+    alone = train_on(1, tmp_path / "alone/run", *flags)
+    together = train_on(2, tmp_path / "together/run", *flags)
+    assert together == pytest.approx(alone, rel=1e-3)
+    [row] = read_log(tmp_path / "alone/run/log.csv")
+    [row_of_two] = read_log(tmp_path / "together/run/log.csv")
+    assert row["distill"] > 0
+    assert row_of_two["distill"] == pytest.approx(row["distill"], rel=1e-3)

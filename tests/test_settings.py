@@ -227,6 +227,17 @@ def test_only_products_are_in_bf16(packed):
     assert want.dtype == torch.float32
 
 
+def test_full_precision_that_becomes_ternary_has_its_own_recipe(tmp_path):
+    for name, ternary in (("full.pt", False), ("ternary.pt", True)):
+        config = Config(**SMALL | dict(prediction="v"), ternary=ternary, adaln_norm=ternary)
+        save_checkpoint(tmp_path / name, DiT(config))
+    full = ["--init", str(tmp_path / "full.pt")]
+    assert settings(*full)[0].lr == train.FINE_TUNE.lr == train.DEMO.lr / 2
+    assert settings(*full, "--lr", "1e-3")[0].lr == 1e-3
+    assert settings(*full, "--full-precision")[0].lr == train.DEMO.lr
+    assert settings("--init", str(tmp_path / "ternary.pt"))[0].lr == train.DEMO.lr
+
+
 def test_a_cache_of_512_pixels_has_its_own_recipe(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((1, 2, 4, 64, 64), np.float16))
     np.save(tmp_path / "labels.npy", np.zeros(1, np.int64))
