@@ -11,6 +11,7 @@ help:
 	@echo "make bench        print every figure of README's results again (about 40 minutes on 2 cores)"
 	@echo "make paper        the paper's figures and tables, small (23 minutes on 2 cores): runs/paper/results.md and PNGs;"
 	@echo "                  alone: make fig1, fig2, fig4, table1, table2; make compare A=CKPT B=CKPT"
+	@echo "make recipes      which training recipe is better, by held-out loss: hours; QUICK=1 for minutes"
 	@echo "make install      only make the local environment, .venv"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "PYTHON=python3 after any of them uses your own environment"
@@ -57,7 +58,10 @@ paper fig1 fig2 fig4 table1 table2: $(READY)
 compare: $(READY)
 	$(PYTHON) tests/paper.py compare $(A) $(B)
 
+recipes: $(READY)
+	$(PYTHON) tests/recipes.py $(if $(QUICK),--quick)
+
 clean:
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
 
-.PHONY: help install demo test kernel-test bench bench-gpu paper fig1 fig2 fig4 table1 table2 compare clean
+.PHONY: help install demo test kernel-test bench bench-gpu paper fig1 fig2 fig4 table1 table2 compare recipes clean

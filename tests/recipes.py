@@ -16,14 +16,13 @@ A toy: what helps a model of 3 million weights in a thousand steps can be useles
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +150,7 @@ def fading_teacher():
 
 def teacher_weight(weight):
     def change():
-        train.DEMO = replace(train.DEMO, teacher_weight=weight)
+        train.FINE_TUNE = replace(train.FINE_TUNE, teacher_weight=weight)
 
     return change
 
@@ -176,31 +175,46 @@ class Recipe:
 
 FULL = "full"  # name of the reference of each size, which is trained first
 START = "--init FULL"
-TEACHER = "--teacher FULL"
 BOTH = "--init FULL --teacher FULL"
+FASTER = "--lr 4e-3"  # the rate of training from scratch; from full precision train.py takes half of it
 
-MAIN = [
-    Recipe("scratch-1500", "ternary from scratch", 1500),
-    Recipe("teacher-1500", "from scratch, with teacher", 1500, TEACHER),
+SCRATCH = [
+    Recipe("scratch-1500", "from scratch", 1500),
+    Recipe("teacher-1500", "from scratch, with teacher", 1500, "--teacher FULL"),
+]
+FROM_FULL = [
     Recipe("init-1500", "from full precision", 1500, START),
     Recipe("both-1500", "from full precision, with teacher", 1500, BOTH),
 ]
-STARTS = [
-    Recipe("init-no-norm-1500", "from full precision, no RMS Norm", 1500, f"{START} --no-adaln-norm"),
-    Recipe("both-no-norm-1500", "from full precision, teacher, no RMS Norm", 1500, f"{BOTH} --no-adaln-norm"),
-    Recipe("init-ramp-1500", "from full precision, ramp", 1500, START, ramp),
-    Recipe("both-ramp-1500", "from full precision, with teacher, ramp", 1500, BOTH, ramp),
-    Recipe("both-half-lr-1500", "from full precision, with teacher, rate 2e-3", 1500, f"{BOTH} --lr 2e-3"),
-    Recipe("both-weight4-1500", "from full precision, teacher's weight 4", 1500, BOTH, teacher_weight(4)),
-    Recipe("both-weight16-1500", "from full precision, teacher's weight 16", 1500, BOTH, teacher_weight(16)),
-    Recipe("both-fading-1500", "from full precision, teacher's weight 2 to 0", 1500, BOTH, fading_teacher),
-    Recipe("both-no-decay-1500", "from full precision, teacher, no weight decay", 1500, f"{BOTH} --decay 0"),
-    Recipe("both-lr2-w4-1500", "both, rate 2e-3, weight 4", 1500, f"{BOTH} --lr 2e-3", teacher_weight(4)),
-    Recipe("both-lr2-d0-1500", "both, rate 2e-3, no decay", 1500, f"{BOTH} --lr 2e-3 --decay 0"),
-    Recipe("both-lr2-w4-d0-1500", "both, rate 2e-3, weight 4, no decay", 1500, f"{BOTH} --lr 2e-3 --decay 0", teacher_weight(4)),
-    Recipe("both-lr1-w4-1500", "both, rate 1e-3, weight 4", 1500, f"{BOTH} --lr 1e-3", teacher_weight(4)),
+LONGER = [
+    Recipe("scratch-4500", "from scratch", 4500),
+    Recipe("init-4500", "from full precision", 4500, START),
+    Recipe("both-4500", "from full precision, with teacher", 4500, BOTH),
+    Recipe("scratch-6500", "from scratch", 6500),
+    Recipe("full-1500", "full precision", 1500, "--full-precision"),
+    Recipe("full-6500", "full precision", 6500, "--full-precision"),
 ]
-PARTS = [
+VARIANTS = [  # of training from full precision
+    Recipe("init-lr4-1500", "start, rate 4e-3", 1500, f"{START} {FASTER}"),
+    Recipe("init-lr4-ramp-1500", "start, rate 4e-3, ramp", 1500, f"{START} {FASTER}", ramp),
+    Recipe("init-lr4-no-norm-1500", "start, rate 4e-3, no RMS Norm", 1500, f"{START} {FASTER} --no-adaln-norm"),
+    Recipe("both-lr4-1500", "start and teacher, rate 4e-3", 1500, f"{BOTH} {FASTER}"),
+    Recipe("both-lr4-ramp-1500", "start and teacher, rate 4e-3, ramp", 1500, f"{BOTH} {FASTER}", ramp),
+    Recipe("both-lr4-no-norm-1500", "start and teacher, rate 4e-3, no RMS Norm", 1500,
+           f"{BOTH} {FASTER} --no-adaln-norm"),
+    Recipe("both-lr4-w4-1500", "start and teacher, rate 4e-3, weight 4", 1500, f"{BOTH} {FASTER}", teacher_weight(4)),
+    Recipe("both-lr4-w16-1500", "start and teacher, rate 4e-3, weight 16", 1500, f"{BOTH} {FASTER}",
+           teacher_weight(16)),
+    Recipe("both-lr4-fading-1500", "start and teacher, rate 4e-3, weight 2 to 0", 1500, f"{BOTH} {FASTER}",
+           fading_teacher),
+    Recipe("both-lr4-d0-1500", "start and teacher, rate 4e-3, no decay", 1500, f"{BOTH} {FASTER} --decay 0"),
+    Recipe("both-w4-1500", "start and teacher, weight 4", 1500, BOTH, teacher_weight(4)),
+    Recipe("both-d0-1500", "start and teacher, no decay", 1500, f"{BOTH} --decay 0"),
+    Recipe("both-w4-d0-1500", "start and teacher, weight 4, no decay", 1500, f"{BOTH} --decay 0", teacher_weight(4)),
+    Recipe("both-lr1-w4-1500", "start and teacher, rate 1e-3, weight 4", 1500, f"{BOTH} --lr 1e-3", teacher_weight(4)),
+    Recipe("both-w4-4500", "start and teacher, weight 4", 4500, BOTH, teacher_weight(4)),
+]
+PARTS = [  # of training from scratch
     Recipe("no-decay-1500", "no weight decay", 1500, "--decay 0"),
     Recipe("half-decay-1500", "weight decay in the first half alone", 1500, "", decay_in_the_first_half),
     Recipe("alphas-1500", "alphas at the full rate", 1500, "", alphas_at_full_rate),
@@ -209,17 +223,13 @@ PARTS = [
     Recipe("channel-1500", "one scale a channel", 1500, "", scale_per_channel),
     Recipe("upstream-alphas-1500", "alphas start from N(0, 1), as upstream's", 1500, "", alphas_from_normal),
 ]
-LONG = [
-    Recipe("full-1500", "full precision", 1500, "--full-precision"),
-    Recipe("scratch-4500", "ternary from scratch", 4500),
-    Recipe("both-4500", "from full precision, with teacher", 4500, BOTH),
-    Recipe("init-4500", "from full precision", 4500, START),
-    Recipe("scratch-6500", "ternary from scratch", 6500),
-    Recipe("full-6500", "full precision", 6500, "--full-precision"),
-]
+REFERENCES = {
+    "tiny": Recipe(FULL, "full precision: the reference", 4500, "--full-precision"),
+    "small": Recipe(FULL, "full precision: the reference", 1500, "--full-precision"),
+}
 STUDIES = {
-    "tiny": [Recipe(FULL, "full precision (the reference)", 4500, "--full-precision"), *MAIN, *STARTS, *PARTS, *LONG],
-    "small": [Recipe(FULL, "full precision (the reference)", 1500, "--full-precision"), *MAIN],
+    "tiny": [REFERENCES["tiny"], *SCRATCH, *FROM_FULL, *LONGER, *VARIANTS, *PARTS],
+    "small": [REFERENCES["small"], *SCRATCH, *FROM_FULL],
 }
 RAW_TOO = ("scratch-1500", "scratch-4500", "both-1500")  # their raw weights are judged, too
 FORWARD = 1 / 3  # of a training step: the backward pass takes about twice as long as the forward pass
@@ -229,7 +239,7 @@ def total_steps(recipe, size):
     """Training steps of all models together; a step of the teacher's is a forward pass alone."""
     total = recipe.steps
     if "FULL" in recipe.flags:
-        total += STUDIES[size][0].steps
+        total += REFERENCES[size].steps
     if "--teacher" in recipe.flags:
         total += FORWARD * recipe.steps
     return total
@@ -277,7 +287,7 @@ def train_one(args, size, name, seed):
     """Train a recipe, judge it, and leave the result in its folder."""
     recipe = next(recipe for recipe in STUDIES[size] if recipe.name == name)
     out = folder_of(args, size, recipe, seed)
-    full = folder_of(args, size, STUDIES[size][0], seed) / "full.pt"
+    full = folder_of(args, size, REFERENCES[size], seed) / "full.pt"
     if recipe.change:
         recipe.change()
     flags = recipe.flags.replace("FULL", str(full)).split()
@@ -315,13 +325,16 @@ def run_study(args):
     """Train what is missing, the references first, seed by seed."""
     jobs = [(size, recipe, seed) for seed in args.seeds for size in args.sizes for recipe in STUDIES[size]
             if args.only is None or recipe.name in args.only]  # fmt: skip
-    jobs.sort(key=lambda job: job[1].name != FULL)
     references = [job for job in jobs if job[1].name == FULL]
     others = [job for job in jobs if job[1].name != FULL]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for part in (references, others):
-            for future in [pool.submit(start, *job, args) for job in part]:
-                future.result()
+    for part in (references, others):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = [pool.submit(start, *job, args) for job in part]
+            try:
+                for future in futures:
+                    future.result()
+            finally:  # after Ctrl-C no further training starts; those that run save their state and end
+                pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,7 +375,7 @@ def gap_of(args, size, recipe, kind="losses"):
         path = folder_of(args, size, recipe, seed) / RESULTS
         if path.is_file():
             loss = np.load(path)[kind]
-            reference = np.load(folder_of(args, size, STUDIES[size][0], seed) / RESULTS)["losses"]
+            reference = np.load(folder_of(args, size, REFERENCES[size], seed) / RESULTS)["losses"]
             gaps.append(loss - reference)
             losses.append(loss.mean())
             references.append(reference.mean())
@@ -396,7 +409,7 @@ def draw_plot(args):
     """The gap against the student's steps and against the steps of all models."""
     by_student = {}
     by_total = {}
-    for recipe in (*MAIN, *LONG):
+    for recipe in (*SCRATCH, *FROM_FULL, *LONGER):
         gap = gap_of(args, "tiny", recipe)
         if gap:
             by_student.setdefault(recipe.title, []).append((recipe.steps / args.divisor, gap.mean))
@@ -441,7 +454,7 @@ def parse_args():
         args.seeds = [0]
         args.sizes = ["tiny"]
         args.divisor = 5
-        args.only = [FULL, *(recipe.name for recipe in MAIN)]
+        args.only = [FULL, *(recipe.name for recipe in (*SCRATCH, *FROM_FULL))]
     return args
 
 

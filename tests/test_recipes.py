@@ -18,7 +18,9 @@ from tests.helpers import short_training  # noqa: F401
 @pytest.fixture(autouse=True)
 def undo(monkeypatch):
     """Take back what a recipe changes."""
-    for name in ("DEMO", "learning_rate", "make_optimizer", "build_model", "set_learning_rate", "train_step"):
+    settings = ["DEMO", "FINE_TUNE"]
+    functions = ["learning_rate", "make_optimizer", "build_model", "set_learning_rate", "train_step"]
+    for name in (*settings, *functions):
         monkeypatch.setattr(train, name, getattr(train, name))
     for name in ("FastTernaryLinear", "FastPackedTernaryLinear"):
         monkeypatch.setattr(terdit, name, getattr(terdit, name))
