@@ -3,7 +3,7 @@
 python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
 python sample.py --ckpt runs/demo/packed.pt --classes 7 3 --n 20     20 images of two classes
 python sample.py --ckpt runs/demo/packed.pt --npz 1000 --out x.npz   uint8 NHWC, as the ADM evaluation suite reads
-torchrun --nproc-per-node=8 sample.py --ckpt runs/600M --npz 50000   the same on many GPUs; the same command goes on
+torchrun --nproc-per-node=8 sample.py --ckpt runs/600M --npz 50000   on many GPUs; after a stop, repeat the command
 python sample.py --ckpt runs/photos                                  what a run has learned, ended or not
 python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
 python sample.py --ckpt DiT-XL-2-256x256.pt --classes 207 --cfg 4    a file of Meta's DiT
@@ -52,6 +52,8 @@ def main(argv=None):
     y = torch.tensor([classes[i % len(classes)] for i in range(n)])
     sampler = args.sampler or ("ddpm" if config.vae else SAMPLER)
     steps = args.steps or (PAPER_STEPS if config.vae and sampler != "dpm" else STEPS)
+    if args.guidance_interval:
+        check_interval(args.guidance_interval, steps)
     if path.is_dir() and not is_state(path):
         name = config.class_names[classes[0]]
         print(f"released checkpoint: class names are ImageNet's indices ({name} is row {classes[0]})")
@@ -228,8 +230,8 @@ def sample_npz(out, draw, y, steps, settings, image_bytes):
 
     Each batch goes to a file of its own in the folder OUT.part, so memory holds a batch, however many there are. A run
     that was stopped, even by a power cut, goes on with the batches that have no file, on any number of processes. The
-    batches are the same for every number of processes, so the images are, too, to the bit (on CPUs with as many threads
-    each).
+    batches do not depend on the number of processes, so the images are equal to the bit. (On CPUs each process must
+    have the same number of threads, too.)
     ValueError: OUT.part holds other images, or another run is at work there. OSError: the disk is too small.
     """
     rank, world = ranks()
@@ -264,7 +266,10 @@ def sample_npz(out, draw, y, steps, settings, image_bytes):
 
 
 def missing_batches(part, files, batches, settings, image_bytes):
-    """Numbers of the batches that have no file in the folder `part` yet; it is prepared if it is new. Errors: above."""
+    """Numbers of the batches that have no file in the folder `part` yet, which is prepared if it is new.
+
+    Raises as sample_npz says.
+    """
     settings_file = part / "settings.json"
     is_new = not settings_file.is_file()
     if is_new:
@@ -272,6 +277,9 @@ def missing_batches(part, files, batches, settings, image_bytes):
             file.unlink()
     else:
         theirs = json.loads(settings_file.read_text())
+        if theirs.get("weights") != settings.get("weights"):
+            raise ValueError(f"{part} holds images of another checkpoint, or of this one before it changed: delete the "
+                             "folder, or take another --out")  # fmt: skip
         for name, value in settings.items():
             if theirs.get(name) != value:
                 raise ValueError(f"{part} holds images drawn with {name}={theirs.get(name)!r:.99}, this command says "
@@ -298,13 +306,28 @@ def write_npz(file, parts, labels):
     with zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:  # may be larger than 2 GB
             np.lib.format.write_array_header_1_0(member, header)
+            n_left = len(labels)
             for path in parts:
                 try:
-                    member.write(np.load(path).tobytes())
+                    images = np.load(path)
                 except (ValueError, EOFError) as e:
                     raise ValueError(f"{path} is damaged ({first_line(e)}): delete it and repeat the command") from None
+                n_left -= len(images)
+                member.write(images.tobytes())
+            if n_left != 0:
+                raise ValueError(f"{parts[0].parent} holds {len(labels) - n_left} images, not {len(labels)}: delete it")
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels)
+
+
+def check_interval(interval, steps):
+    """ValueError: none of the sampler's timesteps is guided."""
+    low, high = interval
+    visited = GaussianDiffusion(str(steps)).timestep_map
+    if not any(low <= t <= high for t in visited):
+        some = ", ".join(str(t) for t in visited[:5])
+        raise ValueError(f"--guidance-interval {low} {high}: none of the timesteps of --steps {steps} lies in it "
+                         f"({some}{', ...' if steps > 5 else ''}), so nothing would be guided")  # fmt: skip
 
 
 def bytes_of_image(config):
@@ -400,6 +423,8 @@ def parse_args(argv=None):
     if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
         low, high = args.guidance_interval
         parser.error(f"argument --guidance-interval: got {low} {high}, expected LOW of at most HIGH")
+    if args.guidance_interval and args.cfg == 1:
+        parser.error("argument --guidance-interval: --cfg 1 guides nowhere")
     if not args.npz and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # One process draws a grid in seconds to minutes. Refused, so that nobody believes that many draw it faster.
         parser.error("several processes share the batches of --npz N; for a grid start one: python sample.py ...")

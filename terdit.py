@@ -9,7 +9,7 @@ The method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.1
     5. pack_ternary, pack_model     four weights in a byte                                    (paper 3.3)
     6. save_checkpoint, load_model  our files, the released TerDiT and Large-DiT folders, Meta's DiT files
     7. Fast paths                   what sections 2 and 5 compute, in less time: skip on first reading
-    8. DiTXL                        Meta's DiT, where Large-DiT and TerDiT came from: skip on first reading
+    8. MetaDiT                        Meta's DiT, where Large-DiT and TerDiT came from: skip on first reading
 
 Section numbers are those of the paper's first version (May 2024), figures and tables those of the second (April 2025).
 "Upstream" is the TerDiT authors' own code, ADM is OpenAI's guided-diffusion, which DiT took its diffusion from.
@@ -928,7 +928,7 @@ def read_model(path):
             raise ValueError(f"{path}: damaged: a checkpoint of this project holds a config and a model")
     else:
         config_fields = {}  # model_from_state takes them from the shapes
-        state = find_dit(ckpt)
+        state = find_meta_dit(ckpt)
         if state is None:
             raise ValueError(f"{path}: not {expected}, but a foreign file, which holds {list(ckpt)[:4]!r:.99}")
     check_tensors(path, state)
@@ -957,7 +957,7 @@ def checked_state(state, packed):
 def load_model(path, device="cpu", dtype=torch.float32, **overrides):
     """Load a model for inference, with its `.config`: a file of save_checkpoint, a released folder, or a file of DiT.
 
-    A file of DiT gives a DiTXL (section 8), all else a DiT. dtype is that of products with ternary weights (in_dtype).
+    Meta's file gives a MetaDiT (section 8), all else a DiT. dtype is that of products with ternary weights (in_dtype).
     `overrides` replace Config fields. Released models do not say n_heads: 32 is taken for a folder, Meta's for DiT. A
     wrong one that splits the width goes unnoticed and draws nonsense. Raises ValueError or OSError, naming the file.
     """
@@ -972,16 +972,16 @@ def model_from_state(path, config_fields, state, device="cpu", dtype=torch.float
     try:
         for value in state.values():
             stored_bytes["codes" if value.dtype == torch.uint8 else "rest"] += value.numel() * value.element_size()
-        if is_dit(state):
-            config = DiTConfig(**dit_sizes(state) | config_fields)
+        if is_meta_dit(state):
+            config = MetaDiTConfig(**meta_dit_sizes(state) | config_fields)
         else:
             config = Config(**config_fields)
         if 10 * config.n_layers > len(state):  # a block has ten or more; said before all blocks are built
             raise ValueError(f"n_layers={config.n_layers}, but it holds only {len(state)} tensors")
         packed = config.ternary and state["layers.0.attention.wq.weight"].dtype == torch.uint8
         with torch.device("meta"):
-            if is_dit(state):
-                model = DiTXL(config)
+            if is_meta_dit(state):
+                model = MetaDiT(config)
             else:
                 model = DiT(config, packed=packed)
         model.load_state_dict(checked_state(state, packed), assign=True)
@@ -1455,13 +1455,13 @@ def int8_linear(x, weight, alphas, bias):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Meta's DiT: where Large-DiT and TerDiT came from; a baseline, and a teacher. Skip on first reading
 #
-# DiT (Peebles & Xie, arXiv 2212.09748) as its files need it: load_model("DiT-XL-2-256x256.pt") is a DiTXL. It is read
+# DiT (Peebles & Xie, arXiv 2212.09748) as its files need it: load_model("DiT-XL-2-256x256.pt") is a MetaDiT. It is read
 # and run, not trained, so it has no initial values. What it has in common with section 3 is not written again: the
 # embedders of timestep and label, the final layer, unpatchify and guidance are the same in both.
 
 
 @dataclass
-class DiTConfig(Config):
+class MetaDiTConfig(Config):
     """Config with the sizes of DiT-XL/2 at 256x256. DiT has nothing of multiple_of, norm_eps, qk_norm, pos_embed."""
 
     dim: int = 1152
@@ -1480,7 +1480,7 @@ class DiTConfig(Config):
         return 4 * self.dim
 
 
-class DiTAttention(nn.Module):
+class MetaDiTAttention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_heads = cfg.n_heads
@@ -1494,7 +1494,7 @@ class DiTAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
 
 
-class DiTMLP(nn.Module):
+class MetaDiTMLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.fc1 = nn.Linear(cfg.dim, cfg.ffn_dim)
@@ -1504,14 +1504,14 @@ class DiTMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class DiTBlock(nn.Module):
+class MetaDiTBlock(nn.Module):
     """TransformerBlock before LLaMA: LayerNorm without gains, GELU for SwiGLU, biases, no rotary positions."""
 
     def __init__(self, cfg):
         super().__init__()
         self.norm = nn.LayerNorm(cfg.dim, elementwise_affine=False, eps=1e-6)
-        self.attn = DiTAttention(cfg)
-        self.mlp = DiTMLP(cfg)
+        self.attn = MetaDiTAttention(cfg)
+        self.mlp = MetaDiTMLP(cfg)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
 
     def forward(self, x, c):
@@ -1521,8 +1521,8 @@ class DiTBlock(nn.Module):
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 
-class DiTXL(nn.Module):
-    """Meta's DiT of any size; DiTXL(DiTConfig()) is DiT-XL/2 at 256x256. Parameter names are those of its files."""
+class MetaDiT(nn.Module):
+    """Meta's DiT of any size; the default MetaDiTConfig is DiT-XL/2 at 256x256. Names are those of its files."""
 
     unpatchify = DiT.unpatchify
     forward_with_cfg = DiT.forward_with_cfg
@@ -1535,7 +1535,7 @@ class DiTXL(nn.Module):
         self.t_embedder = TimestepEmbedder(cfg.dim)
         self.y_embedder = LabelEmbedder(cfg.num_classes, cfg.dim)
         self.pos_embed = nn.Parameter(torch.empty(1, cfg.n_tokens, cfg.dim))  # fixed sines of the column and the row
-        self.blocks = nn.ModuleList([DiTBlock(cfg) for _ in range(cfg.n_layers)])
+        self.blocks = nn.ModuleList([MetaDiTBlock(cfg) for _ in range(cfg.n_layers)])
         self.final_layer = FinalLayer(cfg, cfg.in_channels * (2 if cfg.learn_sigma else 1))
 
     @property
@@ -1556,19 +1556,19 @@ class DiTXL(nn.Module):
         return self.unpatchify(self.final_layer(h, c), size)
 
 
-def is_dit(state):
+def is_meta_dit(state):
     """Whether a state dict is DiT's, which embeds patches by a convolution, where Large-DiT has a linear layer."""
     return "x_embedder.proj.weight" in state
 
 
-def find_dit(ckpt):
+def find_meta_dit(ckpt):
     """The state dict of DiT in the contents of a file, or None. A released file holds it alone; DiT's train.py writes
     {"model", "ema", "opt", "args"}, of which the average is taken."""
     state = ckpt.get("ema", ckpt.get("model", ckpt))
-    return state if isinstance(state, dict) and is_dit(state) else None
+    return state if isinstance(state, dict) and is_meta_dit(state) else None
 
 
-def dit_sizes(state):
+def meta_dit_sizes(state):
     """Config fields that the shapes in a state dict of DiT tell. The heads are in no shape: in Meta's models they are
     72 wide in XL, and 64 in L, B and S."""
     dim, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape

@@ -4,6 +4,7 @@
     python train.py --data DIR --image-size 64             your images, one subfolder a class
     python train.py --size 600M --data DIR --vae VAE       the paper's model, on latents that are made once
     torchrun --nproc-per-node=8 train.py --size 4.2B ...   many GPUs
+    python train.py --init FULL.pt --teacher FULL.pt       ternary from a full-precision model, in far fewer steps
     python train.py --export --out RUN                     write packed.pt of a run that has not ended
 
 The same command resumes a run that was stopped, on any number of processes. Random numbers depend only on --seed, the
@@ -50,10 +51,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import PARENT, STEPS, Progress, barrier, check_common, cpu_has, find_checkpoint, fingerprint, generator
-from sample import init_distributed, is_state, leave_distributed, load_decoder, load_vae, locked, number_of, peak_memory
-from sample import positive, printable, ranks, run_main, sample_images, save_grid, say
-from terdit import SIZES, TERNARY_EPS, Config, DiT, DiTXL, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
+from sample import PARENT, STEPS, Progress, barrier, check_common, cpu_has, find_checkpoint, fingerprint, from_rank_0
+from sample import generator, init_distributed, is_state, leave_distributed, load_decoder, load_vae, locked, number_of
+from sample import peak_memory, positive, printable, ranks, run_main, sample_images, save_grid, say
+from terdit import SIZES, TERNARY_EPS, Config, DiT, MetaDiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, model_from_state, pack_model, save_checkpoint, unpack_ternary
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,12 +64,12 @@ from terdit import atomic_write, first_line, load_model, model_from_state, pack_
 @dataclass
 class TrainConfig:
     """What a run is trained with; the values here are those of the paper's sizes. Flags of the same name replace them
-    (warmup, betas, decay_until and ema have none: they are the recipe's)."""
+    (teacher_weight, warmup, betas, decay_until and ema have none: they are the recipe's)."""
 
     size: str | None = None  # a name in terdit.SIZES; None with init
     init: str | None = None  # start from this checkpoint
     teacher: str | None = None  # learn the outputs of this checkpoint, too
-    teacher_weight: float = 1.0  # of the mean square between its outputs and the student's, added to the loss
+    teacher_weight: float = 1.0  # factor of the teacher's term in the loss
     data: str | None = None  # folder with a subfolder of images for each class, or a cache; None: the embedded digits
     vae: str | None = None  # train on the latents of this VAE
     image_size: int = 32  # pixels; 256 with a VAE
@@ -116,7 +117,8 @@ DEMO = TrainConfig(  # tiny and small, tuned for minutes on two cores
 )
 
 
-# tiny and small from full-precision weights: half the rate, chosen by held-out loss (tests/recipes.py)
+# tiny and small from full-precision weights. The rate is chosen by held-out loss (tests/recipes.py); the steps take two
+# minutes on two cores.
 FINE_TUNE = replace(DEMO, steps=2500, lr=2e-3)
 
 
@@ -563,11 +565,11 @@ def draw_timesteps(n, diffusion, rng):
 
 def read_init(path):
     """What --init names -> its Config, and its state dict with full-precision weights."""
-    path = find_checkpoint(path)
+    path = from_rank_0(find_checkpoint(path))  # a run that is still training may save a newer one meanwhile
     if is_state(path):
         return Config(**read_metadata(path)["config"]), read_average(path)
     model = load_model(path)
-    if isinstance(model, DiTXL):
+    if isinstance(model, MetaDiT):
         raise ValueError(f"--init {path}: Meta's DiT has other layers than ours, it can only be a --teacher")
     state = model.state_dict()
     for name, module in model.named_modules():
@@ -587,7 +589,7 @@ def label_rows(their_names, our_names):
     sorted order have the indices 0 to 999 that name the classes of a released model.
     """
     ours = our_names
-    if len(ours) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ours):
+    if their_names != ours and len(ours) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ours):
         ours = [str(i) for i in range(1000)]
     if not their_names or sorted(their_names) != sorted(ours):
         return None
@@ -608,26 +610,32 @@ def match_labels(state, init, their_names, our_names):
 
 
 def load_teacher(cfg, model_config):
-    """The model of --teacher, in eval mode. ValueError: its outputs are of another kind than the student's."""
-    path = find_checkpoint(cfg.teacher)
+    """-> the model of --teacher in eval mode, on the device, and its fingerprint.
+
+    Each process has the whole of it, because it needs no gradients: of a 4.2B model 8.4 GB. ValueError: its outputs are
+    of another kind than the student's.
+    """
+    path = from_rank_0(find_checkpoint(cfg.teacher))
     teacher = load_average(path) if is_state(path) else load_model(path)
     for field in ("prediction", "in_channels", "input_size", "learn_sigma"):
         theirs = getattr(teacher.config, field)
         ours = getattr(model_config, field)
         if theirs != ours:
             raise ValueError(f"--teacher {cfg.teacher} has {field}={theirs!r}, the student {ours!r}: not comparable")
+    number = fingerprint(teacher.state_dict())
+    teacher.to(cfg.device)
     if cfg.dtype == "bf16" and teacher.config.ternary:
         teacher.set_product_dtype(torch.bfloat16)
     elif cfg.dtype == "bf16":
         for p in teacher.layers.parameters():
             if p.ndim == 2:  # autocast would do so at every step; norms and the stream between blocks stay in fp32
                 p.data = p.data.bfloat16()
-    return teacher
+    return teacher, number
 
 
 def match_teacher(teacher, cfg, model_config):
     """Put the rows of the teacher's label table in our order. ValueError: its classes or latents are not ours."""
-    if teacher.config.latent_scale != model_config.latent_scale:
+    if model_config.vae and teacher.config.latent_scale != model_config.latent_scale:
         raise ValueError(f"--teacher {cfg.teacher} has latent_scale={teacher.config.latent_scale}, the student "
                          f"{model_config.latent_scale}: their latents are of different VAEs")  # fmt: skip
     rows = label_rows(teacher.config.class_names, model_config.class_names)
@@ -1085,6 +1093,8 @@ def check_state(path, metadata):
         difference = f"{field}={theirs.get(field)!r}, this command says {here!r}"
         if field == "files":
             difference = "another list of images"
+        elif field in ("init", "teacher"):  # fingerprints of weights say nothing to a person
+            difference = f"other weights of --{field}, or none"
         raise ValueError(f"{path} was trained with {difference}: use the same, another --out, or --fresh")
     if step > metadata["steps"]:
         raise ValueError(f"{path} is at step {step} already, --steps says {metadata['steps']}: "
@@ -1109,7 +1119,7 @@ class Run:
         self.model = model
         self.ema = ema  # AveragedModel: ema.module is the averaged DiT, which is validated, drawn and exported
         self.optimizer = optimizer
-        self.teacher = teacher  # a DiT in eval mode, or None
+        self.teacher = teacher  # a model in eval mode, or None
         self.diffusion = GaussianDiffusion(prediction=model.config.prediction)
         self.decode = decode  # latents -> images, or None
         self.fingerprints = fingerprints or {}  # of the weights of --init and --teacher
@@ -1212,6 +1222,9 @@ def train_step(run, batch, show_part=None):
     for sum_of_mine in (loss, distill, mse_sum, mse_count):
         all_sum(sum_of_mine)
     stats = StepStats(loss.item(), distill.item(), grad_norm, mse_sum.cpu().numpy(), mse_count.cpu().numpy())
+    if not math.isfinite(stats.distill):
+        raise ValueError(f"step {run.step}: the teacher's term is {stats.distill}: do the outputs of --teacher "
+                         f"{cfg.teacher} make sense?")  # fmt: skip
     if not (math.isfinite(stats.loss) and math.isfinite(grad_norm)):
         kept = f"{states(cfg.out)[-1]} holds the last good state" if states(cfg.out) else "nothing was saved yet"
         raise ValueError(f"step {run.step}: loss {stats.loss}, gradient norm {grad_norm}, not finite: stopped; {kept}. "
@@ -1325,12 +1338,15 @@ class Log:
     def open_csv(self, path):
         rows = []
         if self.run.step and path.is_file():
-            for line in path.read_text(errors="replace").splitlines()[1:]:
+            header, *lines = path.read_text(errors="replace").splitlines() or [""]
+            n_fields = len(header.split(","))  # an older train.py had fewer
+            new_fields = "".join("," for _ in self.FIELDS[n_fields:])
+            for line in lines:
                 step = line.split(",")[0]
-                if not (line.isascii() and step.isdigit() and line.count(",") == len(self.FIELDS) - 1):
+                if not (line.isascii() and step.isdigit() and line.count(",") == n_fields - 1):
                     print(f"{path}: a damaged row is left out")
                 elif int(step) <= self.run.step:
-                    rows.append(line)
+                    rows.append(line + new_fields)
         text = "\n".join([",".join(self.FIELDS), *rows]) + "\n"
         atomic_write(path, lambda file: file.write(text.encode()))
         return open(path, "a", buffering=1)
@@ -1481,7 +1497,8 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0)
     flag("--out", type=Path, help="run folder; default runs/SIZE")
     flag("--init", metavar="CKPT", help="start from a packed.pt, a run folder or a released folder")
-    flag("--teacher", metavar="CKPT", help="learn the outputs of this model, too: it is run on every batch")
+    flag("--teacher", metavar="CKPT", help="also learn to put out what this model does on the same noisy "
+         "images; it has the student's classes, image size and kind of prediction")
     flag("--full-precision", action="store_true", help="no ternary weights (the paper's baseline)")
     flag("--no-adaln-norm", action="store_true", help="no RMS Norm after adaLN (the paper's ablation)")
     flag("--export", action="store_true", default=None, help="only write packed.pt of the newest state in --out")
@@ -1585,7 +1602,10 @@ def setup(cfg, model_config, init_state):
         for unfinished in cfg.out.glob("state-*.tmp"):
             shutil.rmtree(unfinished)
     barrier()
-    teacher = load_teacher(cfg, model_config).to(cfg.device) if cfg.teacher else None
+    teacher = None
+    fingerprints = {}
+    if cfg.teacher:
+        teacher, fingerprints["teacher"] = load_teacher(cfg, model_config)
     # The same on all processes: FSDP waits for each of them at every block of every micro-batch.
     cfg.micro_batch = least_of_all(choose_micro_batch(model_config, cfg, world))
     torch.manual_seed(cfg.seed)
@@ -1593,7 +1613,6 @@ def setup(cfg, model_config, init_state):
     data = load_data(cfg)
     header = data.images.header
     class_names = header["class_names"]
-    fingerprints = {}
     if cfg.init:
         fingerprints["init"] = fingerprint(init_state)
         init_state = match_labels(init_state, cfg.init, model_config.class_names, class_names)
@@ -1601,10 +1620,12 @@ def setup(cfg, model_config, init_state):
                            num_classes=len(class_names), class_names=class_names, vae=header.get("vae"),
                            latent_scale=header.get("latent_scale", model_config.latent_scale))  # fmt: skip
     if teacher:
-        fingerprints["teacher"] = fingerprint(teacher.state_dict())
         match_teacher(teacher, cfg, model_config)
-    with torch.device("cpu" if rank == 0 else "meta"):
+    if rank == 0:
         model = build_model(model_config, init_state, cfg.init)
+    else:
+        with torch.device("meta"):
+            model = DiT(model_config)  # its weights will come from rank 0
     n_params = sum(p.numel() for p in model.parameters())
     if cfg.grid is None:
         no_grid = model_config.vae or (cfg.device == "cpu" and n_params > 50e6)
@@ -1618,7 +1639,10 @@ def setup(cfg, model_config, init_state):
         if cfg.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if compiled:
-        for block in (*model.layers, *(teacher.layers if teacher else [])):
+        to_compile = list(model.layers)
+        if teacher and not teacher.config.ternary:  # packed layers call C++ that torch.compile cannot see into
+            to_compile += teacher.layers
+        for block in to_compile:
             block.compile(dynamic=False)
     decode = None
     if model_config.vae and cfg.grid:
@@ -1684,6 +1708,7 @@ def main(argv=None):
     cfg, model_config, init_state = make_config(flags)
     with locked(cfg.out):
         run = setup(cfg, model_config, init_state)
+        del init_state  # gigabytes, of a large model
         train(run)
         finish(run)
 

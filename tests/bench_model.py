@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import peak_memory, sample_latents  # noqa: E402
-from terdit import SIZES, Config, DiT, DiTConfig, DiTXL, PackedTernaryLinear, packed_linear_plain  # noqa: E402
+from terdit import SIZES, Config, DiT, MetaDiTConfig, MetaDiT, PackedTernaryLinear, packed_linear_plain  # noqa: E402
 from terdit import packed_path, unpack_ternary  # noqa: E402
 from tests.turns import in_turns  # noqa: E402
 
@@ -39,7 +39,7 @@ def empty_model(size, image_size, mode):
     latent_size = image_size // 8
     with torch.device("meta"):
         if size == "DiT-XL/2":
-            return DiTXL(DiTConfig(input_size=latent_size))
+            return MetaDiT(MetaDiTConfig(input_size=latent_size))
         fields = SIZES[size] | dict(input_size=latent_size)
         if mode == "dense":
             return DiT(Config(**fields, ternary=False, adaln_norm=False))

@@ -173,7 +173,7 @@ class Panel(NamedTuple):
     title: str
     x_label: str
     lines: dict  # name: (x values, y values)
-    log: bool = True  # a logarithmic y axis, which leaves out values of 0; otherwise linear from 0
+    log: bool = True  # a logarithmic y axis, which leaves out values of 0; otherwise linear, and 0 is on it
 
 
 class Axis(NamedTuple):
@@ -227,7 +227,7 @@ def draw_panel(draw, panel, frame, x_range, colours):
     if panel.log:
         y_ticks = log_ticks(ys.min(), ys.max())
     else:
-        y_ticks = linear_ticks(0, ys.max() or 1)
+        y_ticks = linear_ticks(min(0, ys.min()), ys.max() or 1)
     x_axis = Axis(*x_range, left, right)
     y_axis = Axis(y_ticks[0], y_ticks[-1], bottom, top, panel.log)
 

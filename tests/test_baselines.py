@@ -190,7 +190,7 @@ def test_quantize_model_refuses():
         quantize_model(model, "int3")
     with pytest.raises(ValueError, match="got a ternary one"):
         quantize_model(DiT(Config(**SMALL)), "ternary absmean")
-    with pytest.raises(ValueError, match="got DiTXL"):
+    with pytest.raises(ValueError, match="got MetaDiT"):
         quantize_model(random_dit(), "ternary absmean")
     for name in RECONSTRUCTIONS:
         with pytest.raises(ValueError, match="needs calibration"):

@@ -127,6 +127,15 @@ def test_a_guidance_interval_of_all_or_no_timesteps(ckpt, interval, cfg_scale):
     assert (got != draw(model, [0, 1], cfg_scale=4.0, steps=6, guidance_interval=(200, 799))).any()
 
 
+def test_a_guidance_interval_that_guides_nothing_is_refused(ckpt, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "x.png")]
+    with pytest.raises(ValueError, match=r"--guidance-interval 500 510: none of the timesteps .* \(0, 999\)"):
+        sample.main(["--ckpt", str(ckpt), *out, "--steps", "2", "--guidance-interval", "500", "510"])
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(ckpt), *out, "--cfg", "1", "--guidance-interval", "0", "500"])
+    assert "--cfg 1 guides nowhere" in capsys.readouterr().err
+
+
 def test_the_command_takes_a_guidance_interval(ckpt, tmp_path):
     for name, flags in [("all", []), ("some", ["--guidance-interval", "0", "500"])]:
         sample.main(["--ckpt", str(ckpt), "--npz", "3", "--steps", "4", "--out", str(tmp_path / f"{name}.npz"), *flags])

@@ -134,10 +134,12 @@ def test_a_launcher_that_ends_takes_its_processes_along(one, tmp_path, number):
     assert train_on(2, out, "--steps", 20) == pytest.approx(losses_one[step:], rel=1e-5)
 
 
-def test_two_processes_learn_from_a_teacher_as_one_does(one, tmp_path):
-    flags = ("--steps", 10, "--seed", 1, "--teacher", one[0] / "packed.pt")
-    for folder in ("alone", "together"):
+def test_two_processes_learn_from_full_precision_and_a_teacher_as_one_does(tmp_path):
+    for folder in ("full", "alone", "together"):
         (tmp_path / folder).mkdir()
+    train_on(1, tmp_path / "full/run", "--steps", 5, "--full-precision")
+    full = tmp_path / "full/run/full.pt"
+    flags = ("--steps", 10, "--init", full, "--teacher", full)
     alone = train_on(1, tmp_path / "alone/run", *flags)
     together = train_on(2, tmp_path / "together/run", *flags)
     assert together == pytest.approx(alone, rel=1e-3)

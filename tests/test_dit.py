@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sample
-from terdit import DiTConfig, DiTXL, load_model, save_checkpoint
+from terdit import MetaDiTConfig, MetaDiT, load_model, save_checkpoint
 from tests.test_checkpoint import Evil
 
 TINY = dict(input_size=6, patch_size=2, in_channels=4, dim=24, n_layers=2, n_heads=3, num_classes=5)
@@ -21,7 +21,7 @@ HEADS = TINY["n_heads"]
 
 def random_dit(**change):
     """A DiT whose every weight matters, at a spread that keeps attention and gates in their curved range."""
-    model = DiTXL(DiTConfig(**TINY | change))
+    model = MetaDiT(MetaDiTConfig(**TINY | change))
     for name, p in model.named_parameters():
         nn.init.normal_(p, std=0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
     nn.init.normal_(model.pos_embed)
@@ -147,7 +147,7 @@ def test_dit_equals_its_formulas(change, size_of_h):
 def test_xl_2_is_the_released_size():
     """292 tensors and 675,129,632 values, as DiT's training log says of DiT-XL/2 at 256x256."""
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in DiTXL(DiTConfig()).state_dict().items()}
+        shapes = {name: tuple(value.shape) for name, value in MetaDiT(MetaDiTConfig()).state_dict().items()}
     d = 1152
     linears = {  # name: shape of the weight
         "t_embedder.mlp.0": (d, 256),
@@ -236,7 +236,7 @@ def test_other_classes_have_no_names(dit_file):
 
 
 def test_what_the_shapes_do_not_tell(tmp_path, dit_file):
-    """Heads are as in Meta's models of this width, the VAE is DiT's sample.py's, unless load_model is told otherwise."""
+    """Heads are as in Meta's models of this width, the VAE is DiT's own, unless load_model is told otherwise."""
     for dim, heads in ((384, 6), (768, 12), (1152, 16)):
         torch.save(random_dit(dim=dim, n_layers=1, n_heads=heads).state_dict(), tmp_path / "wide.pt")
         config = load_model(tmp_path / "wide.pt").config

@@ -269,7 +269,7 @@ def test_other_settings_are_refused(ckpt, stopped, flags, theirs, ours):
 def test_another_checkpoint_is_refused_and_a_copy_is_not(ckpt, stopped, tmp_path):
     torch.manual_seed(1)
     save_checkpoint(tmp_path / "other.pt", pack_model(awake(DiT(Config(**SMALL, prediction="v")))))
-    assert "x.npz.part holds images drawn with weights=" in main(tmp_path / "other.pt", stopped)
+    assert "x.npz.part holds images of another checkpoint" in main(tmp_path / "other.pt", stopped)
     shutil.copy(ckpt, tmp_path / "copy.pt")
     assert main(tmp_path / "copy.pt", stopped) is None
 
@@ -393,3 +393,11 @@ def test_latents_are_decoded_by_batch_and_the_disk_is_asked_for_pixels(out, monk
     assert main(RELEASED["terdit"], out, *flags) is None
     assert sizes == [3, 3, 3, 3, 3, 2]
     assert np.load(out)["arr_0"].shape == (17, side, side, 3)
+
+
+def test_a_batch_that_lacks_images_is_noticed_before_the_npz_is_written(ckpt, stopped):
+    part = stopped.with_name("x.npz.part")
+    whole = part / "images-0000000.npy"
+    np.save(whole, np.load(whole)[:1])
+    assert "images, not " in main(ckpt, stopped)
+    assert not stopped.exists() and whole.exists()

@@ -115,7 +115,7 @@ def test_held_out_losses_are_paired(monkeypatch):
 
 
 def test_the_gap_is_that_of_the_same_seeds_and_has_their_error(tmp_path):
-    args = Namespace(out=tmp_path, seeds=[0, 1, 2], divisor=1)
+    args = Namespace(out=tmp_path, seeds=[0, 1, 2], divisor=1, against=recipes.FULL)
     reference, scratch, *_ = recipes.STUDIES["tiny"]
     rng = np.random.default_rng(0)
     for seed, gap in ((0, 0.01), (1, 0.02), (2, 0.06)):
@@ -132,6 +132,8 @@ def test_the_gap_is_that_of_the_same_seeds_and_has_their_error(tmp_path):
     args.seeds = [1]
     single = recipes.gap_of(args, "tiny", scratch)
     assert single.error == pytest.approx(1e-4, rel=0.3)  # over 100 digits, whose own spread cancels
+    args.against = scratch.name
+    assert recipes.gap_of(args, "tiny", reference).mean == pytest.approx(-0.02, abs=3e-4)
     args.seeds = [5]
     assert recipes.gap_of(args, "tiny", scratch) is None
 

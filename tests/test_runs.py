@@ -428,6 +428,17 @@ def test_the_curve_is_drawn_at_every_grid(tmp_path, monkeypatch):
         assert (pixels == colour).all(1).sum() > 20
 
 
+def test_a_log_with_fewer_columns_goes_on(tmp_path):
+    """As a train.py wrote it that did not know teachers."""
+    run(tmp_path, "--steps", 20)
+    path = tmp_path / "log.csv"
+    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    run(tmp_path, "--steps", 30)
+    assert [row["step"] for row in read_log(path)] == [10, 20, 30]
+    assert path.read_text().splitlines()[1] == lines[1] + ","
+
+
 def test_the_curve_of_given_rows(tmp_path):
     row = ["" for _ in train.Log.FIELDS]
     lines = [",".join(train.Log.FIELDS)]

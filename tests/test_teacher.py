@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from terdit import Config, DiT, DiTConfig, DiTXL, GaussianDiffusion, load_model, save_checkpoint
+from terdit import Config, DiT, MetaDiTConfig, MetaDiT, GaussianDiffusion, load_model, save_checkpoint
 from tests.helpers import RELEASED, SMALL, awake, load_run, read_log, run, same, weights
 from tests.helpers import short_training  # noqa: F401
 
@@ -96,8 +96,9 @@ def test_log_has_the_teachers_term_in_a_column_of_its_own(tmp_path, full):
 def test_bf16_casts_the_blocks_matrices_as_autocast_would(tmp_path, full):
     cfg = train.replace(train.DEMO, teacher=str(full))
     config = load_model(full).config
-    teacher = train.load_teacher(train.replace(cfg, dtype="bf16"), config)
-    plain = train.load_teacher(train.replace(cfg, dtype="fp32"), config)
+    teacher, number = train.load_teacher(train.replace(cfg, dtype="bf16"), config)
+    plain, same_number = train.load_teacher(train.replace(cfg, dtype="fp32"), config)
+    assert number == same_number
     assert teacher.layers[0].attention.wq.weight.dtype == torch.bfloat16
     assert plain.layers[0].attention.wq.weight.dtype == torch.float32
     inputs = (torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 5]))
@@ -131,9 +132,9 @@ def test_another_teacher_is_refused_wherever_the_first_one_lies(tmp_path, full):
     run(tmp_path / "run", "--steps", 1, "--teacher", full)
     moved = full.rename(tmp_path / "moved.pt")
     assert run(tmp_path / "run", "--steps", 2, "--teacher", moved)["step"] == 2
-    with pytest.raises(ValueError, match="teacher="):
+    with pytest.raises(ValueError, match="was trained with other weights of --teacher"):
         run(tmp_path / "run", "--steps", 3)
-    with pytest.raises(ValueError, match="teacher="):
+    with pytest.raises(ValueError, match="was trained with other weights of --teacher"):
         run(tmp_path / "run", "--steps", 3, "--teacher", tmp_path / "full")
 
 
@@ -183,6 +184,29 @@ def test_a_teachers_classes_are_put_in_our_order_or_refused(tmp_path, full):
             run(tmp_path / "c", "--steps", 1, "--teacher", tmp_path / "other.pt")
 
 
+def test_imagenets_folders_are_the_same_classes_under_either_name():
+    folders = [f"n{10_000_000 + 7 * i}" for i in range(1000)]
+    numbers = [str(i) for i in range(1000)]
+    assert train.label_rows(folders, folders) == train.label_rows(numbers, folders) == list(range(1001))
+    assert train.label_rows(numbers[1:], folders) is None
+
+
+def test_a_teacher_of_pixels_need_not_know_a_latent_scale(full):
+    teacher = load_model(full)
+    config = train.replace(teacher.config, latent_scale=1.0)  # what a cache of images has
+    train.match_teacher(teacher, train.DEMO, config)
+    with pytest.raises(ValueError, match="different VAEs"):
+        train.match_teacher(teacher, train.DEMO, train.replace(config, vae="v"))
+
+
+def test_a_teacher_that_puts_out_nonsense_is_named(tmp_path, full):
+    model = load_model(full)
+    model.final_layer.linear.bias.fill_(float("inf"))
+    save_checkpoint(tmp_path / "inf.pt", model)
+    with pytest.raises(ValueError, match="do the outputs of --teacher .*inf.pt make sense"):
+        run(tmp_path / "run", "--steps", 1, "--teacher", tmp_path / "inf.pt")
+
+
 def latents(folder, n_classes, size=8):
     """A cache of random latents, as --vae would have left it."""
     folder.mkdir()
@@ -207,7 +231,7 @@ def test_large_dit_teaches(tmp_path, monkeypatch):
 
 def test_metas_dit_teaches(tmp_path, monkeypatch):
     sizes = dict(input_size=8, dim=128, n_layers=2, n_heads=2, num_classes=5)
-    torch.save(awake(DiTXL(DiTConfig(**sizes))).state_dict(), tmp_path / "dit.pt")
+    torch.save(awake(MetaDiT(MetaDiTConfig(**sizes))).state_dict(), tmp_path / "dit.pt")
     monkeypatch.setattr(train, "load_model", partial(load_model, class_names=list("01234")))
     cache = latents(tmp_path / "cache", 5)
     monkeypatch.setitem(train.SIZES, "S", dict(dim=32, n_layers=1, n_heads=2, multiple_of=16))
