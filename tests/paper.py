@@ -276,7 +276,7 @@ def plot(panels, columns=2, width=470, height=330):
     for i, panel in enumerate(panels):
         panel_left = i % columns * width
         panel_top = legend + i // columns * height
-        frame = (panel_left + left, panel_top + 34, panel_left + width - 16, panel_top + height - 50)
+        frame = (panel_left + left, panel_top + 34, panel_left + width - 26, panel_top + height - 50)
         low = min(x_values[panel.x_label])
         high = max(x_values[panel.x_label])
         draw_panel(draw, panel, frame, (low, max(high, low + 1)), colours)
