@@ -461,7 +461,7 @@ def parse_args():
     flag("--table", action="store_true", help="train nothing")
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flag("--sizes", nargs="+", choices=STUDIES, default=list(STUDIES))
-    names = {recipe.name for study in STUDIES.values() for recipe in study}
+    names = sorted({recipe.name for study in STUDIES.values() for recipe in study})
     flag("--only", nargs="+", metavar="NAME", choices=names, help="recipes by name, for example both-1500")
     flag("--against", metavar="NAME", choices=names, default=FULL, help="the recipe that all are compared with")
     flag("--jobs", type=positive, default=os.cpu_count(), help="trainings at a time, each on one thread")
