@@ -68,16 +68,17 @@ def main(argv=None):
             raise ValueError(f"{path}: the samples are not finite; is the checkpoint damaged?")
         return images
 
+    start = time.time()
     if args.npz:
         settings = options | model_settings(model, args.device) | dict(npz=n, classes=classes)
-        start = time.time()
         n_drawn = sample_npz(args.out, draw, y, steps, settings, bytes_of_image(config))
+        seconds = time.time() - start
     else:
-        start = time.time()
         n_drawn = n
         images = draw(y, Progress(n * steps))
+        seconds = time.time() - start
         save_grid(images, min(len(classes), n), args.out)
-    report(path, model, args.device, time.time() - start, n_drawn, steps)
+    report(path, model, args.device, seconds, n_drawn, steps)
     print(f"wrote {args.out}")
     leave_distributed()
 
@@ -250,7 +251,7 @@ def sample_npz(out, draw, y, steps, settings, image_bytes):
         progress = Progress(steps * sum(len(batches[i]) for i in own)) if rank == 0 else None
         try:
             for i in own:
-                if world > 1 and os.getppid() != PARENT:
+                if launcher_has_ended():
                     sys.exit("stopped: the launcher has ended")
                 images = to_uint8(draw(y[batches[i]], progress, batches[i]))
                 # Flushed to the disk before it gets its name: a file that exists is whole.
@@ -481,6 +482,11 @@ def ranks():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def launcher_has_ended():
+    """Whether the launcher of many processes was killed, and left them."""
+    return ranks()[1] > 1 and os.getppid() != PARENT
 
 
 def from_rank_0(value):

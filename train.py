@@ -51,9 +51,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from sample import PARENT, STEPS, Progress, barrier, check_common, cpu_has, find_checkpoint, fingerprint, from_rank_0
-from sample import generator, init_distributed, is_state, leave_distributed, load_decoder, load_vae, locked, number_of
-from sample import peak_memory, positive, printable, ranks, run_main, sample_images, save_grid, say
+from sample import STEPS, Progress, barrier, check_common, cpu_has, find_checkpoint, fingerprint, from_rank_0, generator
+from sample import init_distributed, is_state, launcher_has_ended, leave_distributed, load_decoder, load_vae, locked
+from sample import number_of, peak_memory, positive, printable, ranks, run_main, sample_images, save_grid, say
 from terdit import SIZES, TERNARY_EPS, Config, DiT, MetaDiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear
 from terdit import atomic_write, first_line, load_model, model_from_state, pack_model, save_checkpoint, unpack_ternary
 
@@ -1459,7 +1459,7 @@ class StopSignal:
             self.received = number
 
     def sync(self):
-        if ranks()[1] > 1 and os.getppid() != PARENT:  # the launcher was killed, and left its processes
+        if launcher_has_ended():
             self.received = self.received or signal.SIGTERM
         n_received = all_sum(torch.tensor(float(self.received is not None)))
         self.requested = n_received.item() > 0

@@ -1,7 +1,7 @@
 """How many steps each sampler needs, what int8 costs, and what a guidance interval saves: the toy FID and seconds of
 demo checkpoints, one FID for each checkpoint.
 
-    python tests/bench_samplers.py runs/demo/packed.pt [OTHER_CKPT ...]      (about five minutes a checkpoint)
+    python tests/bench_samplers.py runs/demo/packed.pt [OTHER_CKPT ...]
 
 1,000 samples a cell, of the same noise, guidance 1.5; the judge and its FID are bench_quality.py's. Outside a guidance
 interval the model runs without its unconditional half: the seconds show what that saves.

@@ -43,8 +43,7 @@ import train  # noqa: E402
 from sample import generator, positive, run_main, sample_images, to_uint8  # noqa: E402
 from terdit import GaussianDiffusion, PackedTernaryLinear, TernaryLinear, atomic_write, load_model  # noqa: E402
 from terdit import model_from_state, pack_model, ternarize  # noqa: E402
-from tests.bench_quality import Exam  # noqa: E402
-from tests.paper import Panel, plot, publish, save_png  # noqa: E402
+from tests.paper import Panel, exam_of, plot, publish, save_png  # noqa: E402
 
 N_HELD_OUT = 2048  # digits
 N_TIMESTEPS = 2  # of each digit
@@ -177,7 +176,6 @@ class Recipe:
     steps: int
     flags: str = ""  # of train.py; FULL stands for the full-precision checkpoint
     change: object = None  # a function that changes train.py or terdit.py, in the recipe's own process
-    seeds: tuple = (0, 1, 2)
 
 
 FULL = "full"  # name of the reference of each size, which is trained first
@@ -350,11 +348,6 @@ def run_study(args):
 
 
 @lru_cache(maxsize=None)
-def exam_of(image_size):
-    return Exam(image_size)
-
-
-@lru_cache(maxsize=None)
 def toy_fid(path):
     x = torch.from_numpy(np.load(path)["samples"]).permute(0, 3, 1, 2) / 127.5 - 1
     return exam_of(x.shape[-1]).quality(x, classes_in_turn())["fid"]
@@ -465,12 +458,13 @@ def parse_args():
     flag("--only", nargs="+", metavar="NAME", choices=names, help="recipes by name, for example both-1500")
     flag("--against", metavar="NAME", choices=names, default=FULL, help="the recipe that all are compared with")
     flag("--jobs", type=positive, default=os.cpu_count(), help="trainings at a time, each on one thread")
-    flag("--out", type=Path, default=Path("runs/recipes"))
+    flag("--out", type=Path, help="default runs/recipes, with --quick runs/recipes-quick")
     flag("--divisor", type=positive, default=1, help=argparse.SUPPRESS)
     flag("--one", nargs=3, metavar=("SIZE", "NAME", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.out is None:
+        args.out = Path("runs/recipes-quick" if args.quick else "runs/recipes")
     if args.quick:
-        args.out = Path("runs/recipes-quick")
         args.seeds = [0]
         args.sizes = ["tiny"]
         args.divisor = 5

@@ -193,11 +193,11 @@ def test_a_third_ctrl_c_does_and_is_said_as_it_is(tmp_path, monkeypatch):
 
 
 def test_a_process_whose_launcher_was_killed_ends(monkeypatch):
-    monkeypatch.setattr(train, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(sample, "ranks", lambda: (0, 2))
     stop = train.StopSignal()
     stop.sync()
     assert not stop.requested
-    monkeypatch.setattr(os, "getppid", lambda: train.PARENT + 1)
+    monkeypatch.setattr(os, "getppid", lambda: sample.PARENT + 1)
     stop.sync()
     assert stop.requested
     assert stop.received == signal.SIGTERM
