@@ -1,63 +1,64 @@
-"""What the paper compares TerDiT with: quantization after training.
+"""What the paper compares TerDiT with: quantization after training, and Meta's DiT.
 
     QUANTIZERS          weight quantizers that need no data: per-tensor ternary, 2-bit round-to-nearest
     RECONSTRUCTIONS     2-bit quantizers that repair a layer's output on recorded inputs
     quantize_model      a full-precision terdit.DiT with one of them applied where TerDiT is ternary
-
-    small = quantize_model(load_model("full.pt"), "2-bit groups of 64")
-
-A weight is (N, K), N outputs and K inputs.
+    MetaDiT             DiT as Meta released it, which Large-DiT and TerDiT come from
+    load_any            terdit.load_model, which reads Meta's files too
 """
 
 import copy
+from collections import OrderedDict
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from terdit import DiT, ternarize
+from terdit import Config, DiT, FinalLayer, LabelEmbedder, TimestepEmbedder
+from terdit import load_model, modulate, read_checkpoint, softmax_attention, ternarize
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Quantization after training
 #
-# Each quantizer takes a weight (N, K) and returns the dequantized weight, of the same shape and dtype, and the bits a
-# weight that the quantized one takes. All store 2 bits a weight, ternary included (four in a byte, as TerDiT packs
-# them), and fp16 scales: the dequantized weight is made with scales that are rounded to fp16.
-
-
-def round_to_fp16(scale):
-    return scale.half().to(scale.dtype)
+# Each quantizer takes a weight (N, K), N outputs and K inputs. It returns the dequantized weight, of the same shape and
+# dtype, and the bits a weight that the quantized one takes. All store 2 bits a weight, ternary included (four in a
+# byte, as TerDiT packs them), and fp16 scales: the dequantized weight is made with scales that are rounded to fp16.
 
 
 def ternary_absmean(weight):
     """What TerDiT trains with, applied at once: ternarize(W) * mean|W|, one scale a tensor (BitNet b1.58)."""
-    alpha = round_to_fp16(weight.abs().mean())
+    alpha = weight.abs().mean().half().to(weight.dtype)
     return ternarize(weight) * alpha, 2 + 16 / weight.numel()
 
 
 def ternary_least_squares(weight):
     """The same codes with the alpha that minimises |W - alpha codes|^2, <W, codes> / <codes, codes>."""
     codes = ternarize(weight)
-    nonzero = codes.abs().sum()  # <codes, codes>
-    alpha = round_to_fp16((weight * codes).sum() / nonzero.clamp(min=1))
+    n_nonzero = codes.abs().sum().clamp(min=1)  # <codes, codes>
+    alpha = ((weight * codes).sum() / n_nonzero).half().to(weight.dtype)
     return codes * alpha, 2 + 16 / weight.numel()
 
 
 def min_max_grid(weight, group):
-    """Scale and zero point of each weight, both (N, K): four levels between the least and the greatest of its group."""
+    """-> scale and zero point of each weight, both (N, K), and the bits that a weight takes.
+
+    Four levels lie between the least and the greatest weight of a group. A group stores a scale and a 2-bit zero point.
+    """
     scales = []
     zeros = []
-    for part in weight.split(group or weight.shape[1], dim=1):
-        # The range is widened to hold 0, as in GPTQ. Q-DiT does not widen it, and clamps the zero point to 0..3: a
-        # range that lacks 0 is then out of reach.
+    parts = weight.split(group or weight.shape[1], dim=1)
+    for part in parts:
+        # The range is widened to hold 0, as in GPTQ. A range that lacks 0 would be out of the zero point's reach.
         low = part.amin(1, keepdim=True).clamp(max=0)
         high = part.amax(1, keepdim=True).clamp(min=0)
-        scale = round_to_fp16((high - low) / 3)
+        scale = ((high - low) / 3).half().to(weight.dtype)
         scale = torch.where(scale == 0, 1, scale)  # a group of zeros
         zero = (-low / scale).round().clamp(0, 3)
         scales.append(scale.expand_as(part))
         zeros.append(zero.expand_as(part))
-    return torch.cat(scales, 1), torch.cat(zeros, 1)
+    return torch.cat(scales, 1), torch.cat(zeros, 1), 2 + (16 + 2) * len(parts) / weight.shape[1]
 
 
 def round_to_grid(weight, scale, zero):
@@ -65,21 +66,13 @@ def round_to_grid(weight, scale, zero):
     return (codes - zero) * scale
 
 
-def grid_bits(weight, group):
-    """Bits a weight: 2 for its code, and its share of its group's fp16 scale and 2-bit zero point."""
-    k = weight.shape[1]
-    groups = -(-k // (group or k))  # in each row, rounded up
-    return 2 + (16 + 2) * groups / k
-
-
 def round_to_nearest(weight, group=None):
     """2-bit asymmetric min/max rounding per output channel, or in groups of `group` along K; the last may be shorter.
 
-    This is the weight quantizer at the core of Q-DiT (arXiv 2406.17343). What Q-DiT puts around it is left out: a
-    search for each layer's group size, GPTQ's corrections (see reconstruct), quantized activations.
+    The core of Q-DiT (arXiv 2406.17343), without its search for group sizes and its quantized activations.
     """
-    scale, zero = min_max_grid(weight, group)
-    return round_to_grid(weight, scale, zero), grid_bits(weight, group)
+    scale, zero, bits = min_max_grid(weight, group)
+    return round_to_grid(weight, scale, zero), bits
 
 
 def reconstruct(weight, moments, group=None):
@@ -87,18 +80,12 @@ def reconstruct(weight, moments, group=None):
 
     moments (K, K) is X^T X. Minimises |X W^T - X Q^T|^2 greedily: it rounds column after column, and after each one
     moves the weights that are not yet rounded to make up for the error, in closed form (GPTQ, arXiv 2210.17323; 1%
-    damping; the grid stays as it was before any move). Q-Diffusion (arXiv 2302.04304) has the same aim, but learns the
-    rounding of whole blocks on inputs from all timesteps of its own sampler: this is its idea, not its method.
+    damping). Q-Diffusion (arXiv 2302.04304) has the same aim, but learns the rounding of whole blocks.
     """
-    if not moments.isfinite().all() or moments.diagonal().mean() <= 0:
-        raise ValueError("reconstruct needs recorded inputs that are finite and not all zero")
-    scale, zero = min_max_grid(weight, group)
-    scale = scale.double()
-    zero = zero.double()
+    scale, zero, bits = min_max_grid(weight, group)
     w = weight.to(torch.float64, copy=True)
-    h = moments.double()
-    damping = 0.01 * h.diagonal().mean()
-    h = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    damping = 0.01 * moments.diagonal().mean()
+    h = moments.double() + damping * torch.eye(len(moments), dtype=torch.float64)
     # Row j of the inverse's upper Cholesky factor says how the columns after j make up for an error in column j.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -107,7 +94,7 @@ def reconstruct(weight, moments, group=None):
         error = (w[:, j] - rounded) / upper[j, j]
         w[:, j + 1 :] -= torch.outer(error, upper[j, j + 1 :])
         w[:, j] = rounded
-    return w.to(weight.dtype), grid_bits(weight, group)
+    return w.to(weight.dtype), bits
 
 
 QUANTIZERS = {
@@ -135,39 +122,138 @@ def record_moments(model, linears, calibration):
     calibration(model)
     for hook in hooks:
         hook.remove()
-    missed = [name for name in linears if name not in moments]
-    if missed:
-        raise ValueError(f"calibration never ran {len(missed)} of the model's layers, {missed[0]} for one")
     return moments
 
 
 @torch.no_grad()
 def quantize_model(model, method, calibration=None):
-    """-> a copy in eval mode of a full-precision terdit.DiT, whose linear layers are quantized where TerDiT is ternary.
+    """-> a copy of a full-precision terdit.DiT, whose linear layers are quantized where TerDiT is ternary.
 
     method: a name in QUANTIZERS or RECONSTRUCTIONS. The latter need calibration(model), which runs the model on typical
-    inputs, as Q-Diffusion does by sampling: lambda m: sample_images(m, y, seed=1). One run of the full-precision copy
-    feeds all layers. The copy's `bits_per_weight` is the mean over the quantized weights. Raises ValueError.
+    inputs, as Q-Diffusion does by sampling. `bits_per_weight` of the copy is the mean over the quantized weights.
     """
-    if method not in QUANTIZERS and method not in RECONSTRUCTIONS:
-        names = [*QUANTIZERS, *RECONSTRUCTIONS]
-        raise ValueError(f"method={method!r}, expected one of: {'; '.join(names)}")
-    if not isinstance(model, DiT) or model.config.ternary:
-        it_is = "a ternary one" if isinstance(model, DiT) else type(model).__name__
-        raise ValueError(f"expected a full-precision terdit.DiT (ternary=False), got {it_is}")
-    if method in RECONSTRUCTIONS and calibration is None:
-        raise ValueError(f"{method!r} needs calibration: a function that runs the model on typical inputs")
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model)
     linears = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
     moments = record_moments(model, linears, calibration) if method in RECONSTRUCTIONS else {}
     all_bits = 0
+    n_weights = 0
     for name, module in linears.items():
         weight = module.weight.float()  # bf16 would round the grid itself
-        if method in RECONSTRUCTIONS:
+        if name in moments:
             quantized, bits = RECONSTRUCTIONS[method](weight, moments[name])
         else:
             quantized, bits = QUANTIZERS[method](weight)
         module.weight.copy_(quantized)
         all_bits += bits * weight.numel()
-    model.bits_per_weight = all_bits / sum(module.weight.numel() for module in linears.values())
+        n_weights += weight.numel()
+    model.bits_per_weight = all_bits / n_weights
     return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta's DiT (Peebles & Xie, arXiv 2212.09748), as its released files need it
+#
+# It is read and run, not trained, so it has no initial values. What it shares with terdit.DiT is not written again.
+
+
+@dataclass
+class MetaDiTConfig(Config):
+    """Config with the sizes of DiT-XL/2 at 256x256. DiT has nothing of multiple_of, norm_eps, qk_norm, pos_embed."""
+
+    dim: int = 1152
+    n_layers: int = 28
+    n_heads: int = 16
+    ternary: bool = False
+    adaln_norm: bool = False
+    vae: str | None = "stabilityai/sd-vae-ft-mse"  # DiT's files do not name it, but its sample.py decodes with it
+
+    @property
+    def cond_dim(self):
+        return self.dim
+
+
+class MetaDiTAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, head_dim) each
+        out = softmax_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+
+class MetaDiTBlock(nn.Module):
+    """TransformerBlock before LLaMA: LayerNorm without gains, GELU for SwiGLU, biases, no rotary positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, elementwise_affine=False, eps=1e-6)
+        self.attn = MetaDiTAttention(config)
+        fc1 = nn.Linear(config.dim, 4 * config.dim)
+        fc2 = nn.Linear(4 * config.dim, config.dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU("tanh"), fc2=fc2))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+
+    def forward(self, x, c):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm(x), shift_msa, scale_msa))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
+
+
+class MetaDiT(nn.Module):
+    """Meta's DiT of any size; the default MetaDiTConfig is DiT-XL/2 at 256x256. Names are those of its files."""
+
+    unpatchify = DiT.unpatchify
+    forward_with_cfg = DiT.forward_with_cfg
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        patches = nn.Conv2d(config.in_channels, config.dim, config.patch_size, stride=config.patch_size)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
+        self.t_embedder = TimestepEmbedder(config.dim)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.dim)
+        self.pos_embed = nn.Parameter(torch.empty(1, config.n_tokens, config.dim))  # fixed sines of column and row
+        self.blocks = nn.ModuleList([MetaDiTBlock(config) for _ in range(config.n_layers)])
+        self.final_layer = FinalLayer(config, 2 * config.in_channels)  # DiT learns sigma
+
+    def forward(self, x, t, y):
+        """As DiT.forward, for x of the config's size alone, because the positions are a table."""
+        patches = self.x_embedder["proj"](x.to(self.pos_embed.dtype))  # (B, D, H / p, W / p)
+        h = patches.flatten(2).transpose(1, 2) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.unpatchify(self.final_layer(h, c), x.shape[2])
+
+
+def meta_dit_config(state):
+    """MetaDiTConfig from the shapes in a state dict of DiT. The heads are in no shape: in Meta's models they are 72
+    wide in XL, and 64 in L, B and S."""
+    dim, _, patch_size, _ = state["x_embedder.proj.weight"].shape
+    num_classes = len(state["y_embedder.embedding_table.weight"]) - 1  # the last row is the null label
+    return MetaDiTConfig(
+        input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
+        patch_size=patch_size,
+        dim=dim,
+        n_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        n_heads=16 if dim == 1152 else max(1, dim // 64),
+        num_classes=num_classes,
+        class_names=[str(i) for i in range(num_classes)],  # of ImageNet's sorted classes, the index is the name
+    )
+
+
+def load_any(path, device="cpu", dtype=torch.float32):
+    """terdit.load_model, or the MetaDiT of a file that Meta released."""
+    if Path(path).is_file():
+        state = read_checkpoint(path, "a checkpoint of this project or of Meta's DiT", mmap=True)
+        if "x_embedder.proj.weight" in state:  # DiT embeds patches by a convolution, Large-DiT by a linear layer
+            with torch.device("meta"):
+                model = MetaDiT(meta_dit_config(state))
+            model.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+            return model.eval().requires_grad_(False).to(device)
+    return load_model(path, device, dtype)

@@ -1,16 +1,22 @@
-"""Class accuracy and a toy FID of a checkpoint trained on the embedded digits.
+"""How good checkpoints are: accuracy and toy FID on the digits, or the held-out loss on any folder of images.
 
-    python tests/bench_quality.py runs/demo/packed.pt [OTHER_CKPT ...]
+    python tests/bench_quality.py runs/demo/packed.pt [CKPT ...]               models of the digits
+    python tests/bench_quality.py --data FOLDER full.pt packed.pt [CKPT ...]   models of your images
 
 The judge is a small CNN, trained here on freshly drawn digits (8,000; 500 steps). The toy FID is the Frechet distance
 between 1,000 samples and 5,000 fresh digits, in the space of the judge's 64 features before its last ReLU. It is not
-the FID of papers, but a number of the same kind: 0 is perfect, and the line "real against real" shows what a sample of
-this size gives at best. sample.py's own code draws the samples of each checkpoint, by its own defaults.
+the FID of papers, but a number of the same kind: 0 is perfect, and `fid_of_real` shows what as many fresh digits get.
+
+--data answers "is my ternary model as good as my full-precision one?", which the toy FID cannot. FOLDER holds images
+that no checkpoint has learned from, a subfolder a class. All checkpoints see the same noise at the same timesteps. What
+the images and the noise do to the loss cancels in the difference of two models, so its standard error is small.
 """
 
 import argparse
 import json
 import sys
+import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import DTYPES, SAMPLER, STEPS, sample_images  # noqa: E402
-from terdit import load_model  # noqa: E402
-from train import digits  # noqa: E402
+from sample import DTYPES, generator, load_decoder, load_vae, pick_classes, run_main, sample_latents  # noqa: E402
+from terdit import GaussianDiffusion, load_model  # noqa: E402
+from train import digits, encode, list_images, load_image  # noqa: E402
 
 
 def conv_block(inputs, outputs):
@@ -107,48 +113,119 @@ class Exam:
         return dict(accuracy=accuracy, fid=fid(features, self.real))
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="class accuracy and toy FID of checkpoints trained on the digits")
-    parser.add_argument("ckpt", nargs="+")
-    parser.add_argument("-n", type=int, default=1000, help="samples of each checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data-seed", type=int, default=0,
-                        help="the training's seed, which gives the images among which the nearest is looked for")
-    parser.add_argument("--cfg", type=float, default=1.5, help="guidance scale")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--sampler", choices=["ddpm", "ddim", "dpm"], default=SAMPLER)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--json", help="also write the figures here")
-    return parser.parse_args()
+exam_of = lru_cache(Exam)  # one judge a size
+
+
+def draw(model, y, **options):
+    """-> images (n, 3, H, W) of the classes y (n,), by sample.py's code; options are those of its sample_latents."""
+    decode = load_decoder(model.config, next(model.parameters()).device)
+    index = torch.arange(len(y))
+    return torch.cat([decode(sample_latents(model, y[part], part, **options)) for part in index.split(100)])
+
+
+def report(**figures):
+    """Print the figures in a line -> the same, for --json."""
+    words = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in figures.items()}
+    print(", ".join(f"{name} {word}" for name, word in words.items()), flush=True)
+    return figures
+
+
+def rate_samples(path, args):
+    """What the judge says of a checkpoint's samples, and how near they come to images it was trained on."""
+    model = load_model(path, dtype=DTYPES[args.dtype])
+    size = model.config.input_size
+    exam = exam_of(size)
+    y = torch.arange(args.n) % model.config.num_classes
+    options = dict(seed=args.seed, sampler=args.sampler, steps=args.steps, guidance_interval=args.guidance_interval)
+    start = time.time()
+    x = draw(model, y, **options)
+    seconds = time.time() - start
+    real = exam.quality(*digits(args.n, size, 3000))
+    training_images, _ = digits(12000, size, args.seed)
+    held_out, _ = digits(500, size, 4000)
+    return report(ckpt=path, n=args.n, dtype=args.dtype, **options, seconds=seconds, **exam.quality(x, y),
+                  fid_of_real=real["fid"], nearest=nearest(x[:500], training_images),
+                  nearest_of_real=nearest(held_out, training_images))  # fmt: skip
+
+
+@torch.no_grad()
+def held_out_losses(model, x0, y):
+    """-> the model's mean square error on each image x0 (n, C, H, W) of class y (n,), float64.
+
+    Each image is seen at two timesteps, one in the lower half of 0..999 and one in the upper. All of them together are
+    spread evenly. Timesteps and noise are the same for every model.
+    """
+    device = next(model.parameters()).device
+    diffusion = GaussianDiffusion(prediction=model.config.prediction)
+    rng = generator(5000)
+    n = len(x0)
+    losses = torch.zeros(n, dtype=torch.float64)
+    for half in (0, 500):
+        t = torch.randperm(n, generator=rng) * 500 // n + half
+        noise = torch.randn(x0.shape, generator=rng)
+        for part in torch.arange(n).split(64):
+            batch = [z[part].to(device) for z in (x0, t, y, noise)]
+            losses[part] += diffusion.training_losses(model, *batch)["mse"].double().cpu() / 2
+    return losses.numpy()
+
+
+def read_folder(folder, config, device):
+    """The images of a folder as a model of this config sees them -> x0 (n, C, H, W), class names, labels (n,)."""
+    folder = Path(folder).resolve()
+    names, files = list_images(folder, None)
+    vae = load_vae(config.vae, device) if config.vae else None
+    size = config.input_size
+    if vae:
+        size *= 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's height
+    rows = [encode(vae, load_image(folder / file, size)[None], [file])[0, 0] for file, _ in files]
+    x0 = torch.from_numpy(np.stack(rows)).float()
+    if not vae:
+        x0 = x0 / 127.5 - 1
+    return x0, names, torch.tensor([label for _, label in files])
+
+
+def compare_losses(args):
+    """Each checkpoint's loss on the images of --data, and its difference to the first one's."""
+    kinds = []
+    losses = []
+    results = []
+    for path in args.ckpt:
+        model = load_model(path, args.device, DTYPES[args.dtype])
+        kinds.append({name: getattr(model.config, name) for name in ("input_size", "in_channels", "vae", "prediction")})
+        if kinds[-1] != kinds[0]:
+            raise ValueError(f"{args.ckpt[0]} is of {kinds[0]}, {path} of {kinds[-1]}: their losses cannot be compared")
+        if not losses:
+            x0, names, labels = read_folder(args.data, model.config, args.device)
+        y = torch.tensor(pick_classes(names, model.config))[labels]
+        losses.append(held_out_losses(model, x0, y))
+        gap = losses[-1] - losses[0]
+        results.append(report(ckpt=path, images=len(gap), loss=losses[-1].mean(), above_the_first=gap.mean(),
+                              standard_error=gap.std(ddof=1) / len(gap) ** 0.5,
+                              percent=100 * gap.mean() / losses[0].mean()))  # fmt: skip
+    return results
 
 
 def main():
-    args = parse_args()
-    results = []
-    exams = {}
-    for path in args.ckpt:
-        model = load_model(path, dtype=DTYPES[args.dtype])
-        size = model.config.input_size
-        if size not in exams:
-            exams[size] = Exam(size)
-            real = exams[size].quality(*digits(args.n, size, 3000))
-            print(f"real {size}x{size} digits: n={args.n}, accuracy {real['accuracy']:.2%}, "
-                  f"FID {real['fid']:.2f} (real against real)")
-            results.append(dict(ckpt="real", n=args.n, **real))
-        y = torch.arange(args.n) % model.config.num_classes
-        x = sample_images(model, y, args.seed, args.cfg, args.steps, args.sampler)
-        quality = exams[size].quality(x, y)
-        training_images, _ = digits(12000, size, args.data_seed)
-        held_out, _ = digits(500, size, 4000)
-        near = nearest(x[:500], training_images)
-        near_real = nearest(held_out, training_images)
-        results.append(dict(ckpt=path, n=args.n, seed=args.seed, **quality, nearest=near, nearest_real=near_real,
-                            cfg=args.cfg, steps=args.steps, sampler=args.sampler, dtype=args.dtype))
-        print(f"{path}: n={args.n}, seed {args.seed}, accuracy {quality['accuracy']:.2%}, FID {quality['fid']:.2f}, "
-              f"nearest training image {near:.2f} (held-out digits: {near_real:.2f})")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("ckpt", nargs="+")
+    flag("--data", help="print the held-out loss on the images of this folder")
+    flag("--dtype", choices=DTYPES, default="fp32", help="of products with ternary weights")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for --data")
+    flag("-n", type=int, default=1000, help="samples of each checkpoint (default 1000)")
+    flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm")
+    flag("--steps", type=int, default=16)
+    flag("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"))
+    flag("--seed", type=int, default=0, help="of the samples, and of the training, for the nearest image")
+    flag("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    if args.data:
+        results = compare_losses(args)
+    else:
+        results = [rate_samples(path, args) for path in args.ckpt]
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,0 +1,351 @@
+"""How fast ternary weights are, against dense bf16 ones: one packed layer, whole models, a training step.
+
+    python tests/bench_speed.py layers      every shape of 600M and 4.2B, on the GPU if there is one, else on the CPU
+    python tests/bench_speed.py models      600M at 256x256: a guided step and an image; seconds, bytes, peak memory
+    python tests/bench_speed.py training    a training step with ternary weights, over the same step with dense ones
+
+layers: "ours" is packed_linear, which on a CPU is exact for few rows and else rounds activations to int8; "plain" first
+unpacks the weight to bf16 in memory. models: random weights; packed ones with products in int8, bf16 and fp32 (on a
+CPU fp32 is what TerDiT's released code does), and dense ones, which are Large-DiT in bf16. training: forward, backward
+and fused AdamW. Rivals take turns, so that a busy machine slows all of them. Times are medians; a ratio is the median
+of its values in each turn, with their quartiles behind it.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+import timeit
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import DTYPES, sample_latents  # noqa: E402
+from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, cuda_kernel, in_dtype  # noqa: E402
+from terdit import launch_kernel, pack_ternary, packed_linear, packed_linear_plain, unpack_ternary  # noqa: E402
+from tests.baselines import MetaDiT, MetaDiTConfig  # noqa: E402
+
+
+def over(times, base):
+    """-> median and quartiles of times[i] / base[i]."""
+    low, median, high = statistics.quantiles([a / b for a, b in zip(times, base)], n=4, method="inclusive")
+    return median, low, high
+
+
+def take_turns(works, seconds):
+    """Call the works, functions by name that return a time, in turns for so long, at least seven times -> all times."""
+    times = {name: [] for name in works}
+    for work in works.values():
+        work()  # warms up
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 7:
+        for name, work in works.items():
+            times[name].append(work())
+    return times
+
+
+def report(**figures):
+    """Print the figures in a line, a ratio with its quartiles behind it -> the same, for --json."""
+    words = []
+    for name, value in figures.items():
+        if isinstance(value, tuple):
+            value = f"{value[0]:.3f} ({value[1]:.3f}-{value[2]:.3f})"
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        words.append(f"{name} {value}")
+    print(", ".join(words), flush=True)
+    return figures
+
+
+SHAPES = {  # (N, K): where
+    (1536, 1536): "600M attention", (4096, 1536): "600M w1, w3", (1536, 4096): "600M w2", (9216, 1024): "600M adaLN",
+    (3072, 3072): "4.2B attention", (8192, 3072): "4.2B w1, w3", (3072, 8192): "4.2B w2", (18432, 1024): "4.2B adaLN",
+}  # fmt: skip
+ROWS = [1, 2, 4, 16, 512, 2048]  # of x: a guided 256x256 image has 2 in adaLN, elsewhere 2 x 256
+CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}  # measured bf16 FLOP/s and bytes/s, of SXM boards
+
+
+def ours(x, weight, alphas, args):
+    if args.device == "cpu":
+        return packed_linear(x, weight, alphas, None, torch.int8)
+    return launch_kernel(cuda_kernel(x.device), x, weight, alphas, None, args.kernel, args.tokens)
+
+
+def check(M, N, K, args):
+    """Exit if the layer is wrong. In x 1 and -1 are so rare that bf16, and int8 too, hold all sums exactly."""
+    codes = torch.randint(-1, 2, (N, K), device=args.device)
+    kept = torch.rand(M, K, device=args.device) < 24 / K
+    x = ((torch.randint(0, 2, (M, K), device=args.device) * 2 - 1) * kept).bfloat16()
+    got = ours(x, pack_ternary(codes), torch.full((1,), 2.0, device=args.device), args)
+    if not torch.equal(got.bfloat16().float(), 2 * (x.float() @ codes.float().T)):
+        sys.exit(f"wrong result at M={M} N={N} K={K}: nothing is timed")
+
+
+def make_clock(calls, device):
+    """-> function that runs all the calls, on a GPU as a CUDA graph, and returns the seconds of one."""
+    calls[0]()  # what is compiled or chosen at the first call cannot be recorded in a graph
+    if device == "cpu":
+        return partial(timeit.timeit, calls[0], number=1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def clock():
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(calls)
+
+    return clock
+
+
+def time_layer(M, N, K, args):
+    """-> the times of each rival."""
+    n_bytes = 2.5e8 if args.device == "cuda" else 0  # of each rival's copies: together they exceed the L2 cache
+    alphas = torch.full((1,), 0.02, device=args.device)
+    x = torch.randn(M, K, device=args.device).bfloat16()
+    x_ours = x.float() if args.device == "cpu" else x  # what a layer gets from the residual stream
+    weight = pack_ternary(torch.randint(-1, 2, (N, K), device=args.device))
+    packed = [weight.clone() for _ in range(1 + int(n_bytes / (N * K / 4)))]
+    dense = [torch.randn(N, K, device=args.device).bfloat16() for _ in range(1 + int(n_bytes / (N * K * 2)))]
+    calls = {
+        "ours": [lambda w=w: ours(x_ours, w, alphas, args) for w in packed],
+        "dense": [lambda w=w: F.linear(x, w) for w in dense],
+        "plain": [lambda w=w: packed_linear_plain(x, w, alphas, None) for w in packed[: len(dense)]],
+    }
+    return take_turns({name: make_clock(calls[name], args.device) for name in calls}, args.seconds)
+
+
+@torch.no_grad()
+def layers(args):
+    where = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    ceilings = next((ceiling for board, ceiling in CEILINGS.items() if board in where), None)
+    results = []
+    for (N, K), layer in SHAPES.items():
+        for M in args.rows:
+            check(M, N, K, args)
+            times = time_layer(M, N, K, args)
+            ours_s = statistics.median(times["ours"])
+            figures = dict(layer=layer, N=N, K=K, M=M, ours_us=1e6 * ours_s,
+                           dense_us=1e6 * statistics.median(times["dense"]),
+                           ours_over_dense=over(times["ours"], times["dense"]),
+                           plain_over_dense=over(times["plain"], times["dense"]))  # fmt: skip
+            if ceilings:
+                n_bytes = N * K / 4 + 2 * M * (N + K)  # the packed weight, x and the result
+                floor_s = max(2 * M * N * K / ceilings[0], n_bytes / ceilings[1])
+                figures["share_of_ceiling"] = floor_s / ours_s
+            results.append(report(**figures))
+    for M in args.rows:
+        medians = [row["ours_over_dense"][0] for row in results if row["M"] == M]
+        print(f"M={M}: ours / dense {statistics.median(medians):.2f} in the median of the shapes, "
+              f"{min(medians):.2f} to {max(medians):.2f}")  # fmt: skip
+    return results
+
+
+# Models run each in a process of its own: no other's memory counts, and none reuses what another one has freed.
+
+
+def prepare(make, arguments):
+    global work
+    work = make(*arguments)
+
+
+def do(job):
+    return work(job)
+
+
+def start(make, *arguments):
+    """Start work = make(*arguments) in a process of its own -> function that has work(job) done there.
+
+    It raises BrokenProcessPool if that process died, for want of memory perhaps.
+    """
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare, (make, arguments))
+    return lambda job: pool.submit(do, job).result()
+
+
+MODES = ["int8", "bf16", "fp32", "dense"]
+
+
+def random_model(size, image_size, mode, device):
+    latent_size = image_size // 8
+    with torch.device("meta"):
+        if size == "DiT-XL/2":
+            model = MetaDiT(MetaDiTConfig(input_size=latent_size)).to(torch.bfloat16)
+        else:
+            config = Config(**SIZES[size] | dict(input_size=latent_size))
+            if mode == "dense":
+                model = DiT(replace(config, ternary=False, adaln_norm=False)).to(torch.bfloat16)
+            else:
+                model = in_dtype(DiT(config, packed=True), DTYPES[mode])
+    model = model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.02)
+        else:
+            torch.nn.init.constant_(p, 1.0 if "norm" in name else 0.0)
+    # A byte holds four codes of 0, 1 or 2. One block of random bytes serves all layers: more would count as memory.
+    codes = sum(torch.randint(3, (256, 8192), dtype=torch.uint8, device=device) << shift for shift in (0, 2, 4, 6))
+    for module in model.modules():
+        if isinstance(module, PackedTernaryLinear):
+            module.alphas.data.fill_(0.02)
+            for rows in module.weight.split(256):
+                rows.copy_(codes[: len(rows), : rows.shape[1]])
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def guided_step(model, device):
+    """The model on two images, one with its class and one without; each time the same."""
+    config = model.config
+    torch.manual_seed(0)
+    x = torch.randn(2, config.in_channels, config.input_size, config.input_size, device=device)
+    t = torch.tensor([500, 500], device=device)
+    return model.forward_with_cfg(x, t, torch.tensor([207, config.num_classes], device=device), 4.0)
+
+
+def make_model_work(size, image_size, mode, device, steps):
+    """-> function of a job: seconds of a guided "step" or of an "image" of so many steps, "bytes" of all before."""
+    model = random_model(size, image_size, mode, device)
+
+    def work(job):
+        if job == "bytes":
+            tensors = [*model.parameters(), *model.buffers()]
+            in_memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            in_file = sum(tensor.numel() * (1 if tensor.dtype == torch.uint8 else 4) for tensor in tensors)  # fp32
+            if device == "cuda":
+                peak = torch.cuda.max_memory_allocated()
+            else:  # not resource's ru_maxrss: it begins with the peak of the process that started this one
+                peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+            return dict(weights=in_memory, file=in_file, peak=peak)
+        start = time.perf_counter()
+        if job == "step":
+            guided_step(model, device)
+        else:
+            sample_latents(model, torch.tensor([207]), torch.tensor([0]), cfg_scale=4.0, steps=steps, sampler="dpm")
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return work
+
+
+@torch.no_grad()
+def errors(size):
+    """Relative errors of a guided step on a CPU against products in fp32, by mode, of one set of random weights."""
+    model = random_model(size, 256, "fp32", "cpu")
+    torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)  # two labels that differ
+    for block in model.layers:
+        block.adaLN_modulation[2].weight.data.fill_(0.3)  # gates of a trained model's size
+    outs = {mode: guided_step(in_dtype(model, DTYPES[mode]), "cpu") for mode in ("fp32", "bf16", "int8")}
+    with torch.device("meta"):
+        dense = DiT(replace(model.config, ternary=False))
+    state = {}
+    for name, value in model.state_dict().items():
+        if value.dtype == torch.uint8:
+            value = unpack_ternary(value) * model.get_parameter(name.removesuffix("weight") + "alphas")
+        if not name.endswith("alphas"):
+            state[name] = value.to(torch.bfloat16)
+    dense.load_state_dict(state, assign=True)
+    outs["dense"] = guided_step(dense, "cpu")
+    want = outs.pop("fp32")
+    return {mode: ((out.float() - want).norm() / want.norm()).item() for mode, out in outs.items()}
+
+
+def models(args):
+    error_of = {}
+    if args.device == "cpu" and "dense" in args.modes:
+        error_of = errors(args.size)
+    asks = {mode: start(make_model_work, args.size, 256, mode, args.device, args.steps) for mode in args.modes}
+    steps = take_turns({mode: partial(ask, "step") for mode, ask in asks.items()}, args.seconds)
+    results = []
+    for mode, ask in asks.items():
+        image_s = ask("image")
+        n_bytes = ask("bytes")
+        figures = dict(size=args.size, mode=mode, step_s=statistics.median(steps[mode]), image_s=image_s,
+                       image_steps=args.steps, weights_mb=n_bytes["weights"] / 1e6, peak_mb=n_bytes["peak"] / 1e6)
+        if "dense" in args.modes:
+            figures["step_over_dense"] = over(steps[mode], steps["dense"])
+        if mode in error_of:
+            figures["error_against_fp32"] = error_of[mode]
+        results.append(report(**figures))
+    return results
+
+
+BLOCK = SIZES["600M"] | dict(n_layers=1)
+CASES = [("tiny", Config(**SIZES["tiny"]), 16), ("600M block", Config(**BLOCK), 4)]  # images a step
+
+
+def make_training_work(config, n, bf16, compiled):
+    """-> function that trains a model of this config for one step, always on the same n images, and times it."""
+    model = DiT(config)
+    if compiled:
+        for block in model.layers:
+            block.compile(dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    x0 = torch.randn(n, config.in_channels, config.input_size, config.input_size)
+    y = torch.randint(config.num_classes, (n,))
+    t = torch.randint(1000, (n,))
+    diffusion = GaussianDiffusion(prediction=config.prediction)
+
+    def work(job):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = diffusion.training_losses(model, x0, t, y, noise=torch.randn_like(x0))["mse"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return work
+
+
+def training(args):
+    results = []
+    for (name, config, n), bf16, compiled in itertools.product(CASES, (False, True), (False, True)):
+        works = {}
+        for ternary in (False, True):
+            ask = start(make_training_work, replace(config, ternary=ternary), n, bf16, compiled)
+            works[ternary] = partial(ask, "step")
+        times = take_turns(works, args.seconds)
+        results.append(report(model=name, images=n, bf16=bf16, compiled=compiled,
+                              dense_s=statistics.median(times[False]),
+                              ternary_over_dense=over(times[True], times[False])))  # fmt: skip
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("part", choices=["layers", "models", "training"])
+    flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--seconds", type=float, default=5, help="of each row's turns, of which there are at least seven")
+    flag("--rows", type=int, nargs="+", default=ROWS, help="layers: rows of x")
+    flag("--kernel", default="auto", help="layers on a GPU: naive, small_batch, mma or wgmma")
+    flag("--tokens", type=int, default=0, help="layers on a GPU: of a thread block's tile")
+    flag("--size", choices=SIZES, default="600M", help="models")
+    flag("--modes", nargs="+", choices=MODES, default=MODES, help="models")
+    flag("--steps", type=int, default=16, help="models: of DPM-Solver++, for an image")
+    flag("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, {args.device}, torch {torch.__version__}")
+    parts = dict(layers=layers, models=models, training=training)
+    results = parts[args.part](args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
