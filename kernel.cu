@@ -916,23 +916,28 @@ extern "C" void unpack(const uint8_t* W, int8_t* codes, long n) {
   }
 }
 
-// sums (M, 4, rows) int32 -> columns `first` to first + rows of each quarter of y (M, 4, n) bf16:
-// sums * (scale of the row of x * alpha) + bias (4, n), which may be null
+// sums (M, N) int32 -> y (M, N) bf16: sums * (scale of the row of x * alpha) + bias (N), which may be null
 extern "C" void scale_rows(const int32_t* sums, const float* scales, float alpha, const float* bias, uint16_t* y,
-                           long M, long rows, long n, long first) {
-#pragma omp parallel for if (M * rows > (1 << 12))
+                           long M, long N) {
+#pragma omp parallel for if (M * N > (1 << 14))
   for (long m = 0; m < M; m++) {
     const float scale = scales[m] * alpha;
-    for (long quarter = 0; quarter < 4; quarter++) {
-      const int32_t* from = sums + (m * 4 + quarter) * rows;
-      uint16_t* to = y + (m * 4 + quarter) * n + first;
-      if (bias) {
-        const float* b = bias + quarter * n + first;
-        for (long i = 0; i < rows; i++) to[i] = to_bf16(from[i] * scale + b[i]);
-      } else {
-        for (long i = 0; i < rows; i++) to[i] = to_bf16(from[i] * scale);
-      }
+    const int32_t* from = sums + m * N;
+    uint16_t* to = y + m * N;
+    if (bias) {
+      for (long i = 0; i < N; i++) to[i] = to_bf16(from[i] * scale + bias[i]);
+    } else {
+      for (long i = 0; i < N; i++) to[i] = to_bf16(from[i] * scale);
     }
+  }
+}
+
+extern "C" void small_rows(const float* x, const uint8_t* W, float alpha, const float* bias, float* y, long M, long K, long n) {
+  for (long m = 0; m < M; m++) for (long r = 0; r < n; r++) {
+    float s[4] = {0,0,0,0};
+    for (long k = 0; k < K; k++) { int b = W[r*K+k]; float v = x[m*K+k];
+      s[0] += ((b>>6)-1)*v; s[1] += (((b>>4)&3)-1)*v; s[2] += (((b>>2)&3)-1)*v; s[3] += ((b&3)-1)*v; }
+    for (int q = 0; q < 4; q++) y[m*4*n + q*n + r] = s[q]*alpha + (bias ? bias[q*n+r] : 0);
   }
 }
 #endif

@@ -47,8 +47,7 @@ def test_sampling_finds_the_image(prediction, respacing, loop):
     assert oracle.timesteps == list(diffusion.timestep_map[::-1])  # of the full process, last first
 
 
-@pytest.mark.parametrize("loop, options", [("p_sample_loop", {}), ("ddim_sample_loop", dict(eta=0.7))])
-def test_recorded_noise_replays(loop, options):
+def test_recorded_noise_replays():
     diffusion = GaussianDiffusion("20")
     oracle = Oracle("eps", x0=torch.rand(1, 3, 4, 4), sigma=0.3)
     start = torch.randn(1, 3, 4, 4)
@@ -60,7 +59,7 @@ def test_recorded_noise_replays(loop, options):
 
     def sample(noise_fn):
         # An imperfect model: with a perfect one the noise would not matter.
-        return getattr(diffusion, loop)(lambda x, t: 0.9 * oracle(x, t), start, noise_fn=noise_fn, **options)
+        return diffusion.p_sample_loop(lambda x, t: 0.9 * oracle(x, t), start, noise_fn=noise_fn)
 
     first = sample(record)
     assert len(recorded) == 20  # one draw a step, the last included
@@ -83,6 +82,8 @@ def test_clip_denoised_keeps_images_in_range(loop):
 def test_spaced_timesteps_by_hand():
     assert GaussianDiffusion("4").timestep_map.tolist() == [0, 333, 666, 999]
     assert GaussianDiffusion("ddim4").timestep_map.tolist() == [0, 250, 500, 750]
+    assert GaussianDiffusion("1").timestep_map.tolist() == [999]
+    assert GaussianDiffusion("ddim1").timestep_map.tolist() == [999]
     # 21 of 1000 lie 49.95 apart. ADM adds this up, and after ten strides it has 499.49999999999994, not 499.5.
     assert GaussianDiffusion("21").timestep_map[10] == 499
 
@@ -164,7 +165,7 @@ def test_vb_teaches_sigma_alone():
         return out
 
     t = torch.tensor([0, 1, 500, 999])
-    GaussianDiffusion().training_losses(model, torch.rand(4, 3, 4, 4), t, None)["vb"].sum().backward()
+    GaussianDiffusion().training_losses(model, torch.rand(4, 3, 4, 4), t, None, torch.randn(4, 3, 4, 4))["vb"].sum().backward()
     prediction_grad, sigma_grad = out.grad.chunk(2, dim=1)
     assert (prediction_grad == 0).all()
     assert (sigma_grad != 0).any()
@@ -233,6 +234,22 @@ def dpm_error(steps):
     model = GaussianData()
     got = GaussianDiffusion(str(steps)).dpm_sample_loop(model, start)
     return (got - model.solution(start)).abs().max().item()
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "dpm_sample_loop"])
+def test_one_step_starts_from_pure_noise(loop):
+    """A single step asks the model at t = 999 and puts out E[x0]: the mean of the data, whatever the noise."""
+    start = torch.randn(500, 1, 1, 1)
+    asked = []
+
+    def model(x, t):
+        asked.append(int(t[0]))
+        return GaussianData()(x, t)
+
+    x0 = getattr(GaussianDiffusion("1"), loop)(model, start)
+    assert asked == [999]
+    assert x0.mean().item() == pytest.approx(GaussianData.mean, abs=0.02)
+    assert x0.std() < 0.02
 
 
 def test_dpm_on_a_gaussian():

@@ -108,7 +108,6 @@ def test_images_of_a_batch_do_not_see_each_other():
         (dict(n_heads=5), "n_heads=5"),
         (dict(input_size=9), "image size 9 is not a multiple of the patch size 2"),
         (dict(prediction="x0"), "'eps' or 'v'"),
-        (dict(class_names=["a"]), "1 class names for 5 classes"),
     ],
 )
 def test_config_refuses(change, message):
