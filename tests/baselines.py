@@ -219,7 +219,7 @@ class MetaDiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, config.dim)
         self.pos_embed = nn.Parameter(torch.empty(1, config.n_tokens, config.dim))  # fixed sines of column and row
         self.blocks = nn.ModuleList([MetaDiTBlock(config) for _ in range(config.n_layers)])
-        self.final_layer = FinalLayer(config, 2 * config.in_channels)  # DiT learns sigma
+        self.final_layer = FinalLayer(config)
 
     def forward(self, x, t, y):
         """As DiT.forward, for x of the config's size alone, because the positions are a table."""

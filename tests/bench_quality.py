@@ -25,9 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import DTYPES, generator, load_decoder, load_vae, pick_classes, run_main, sample_latents  # noqa: E402
+from sample import DEVICES, DTYPES, decode, generator, load_vae, pick_classes, run_main, sample_latents  # noqa: E402
 from terdit import GaussianDiffusion, load_model  # noqa: E402
-from train import digits, encode, list_images, load_image  # noqa: E402
+from train import digits, encode, list_images, read_image  # noqa: E402
+from tests.bench_speed import report  # noqa: E402
 
 
 def conv_block(inputs, outputs):
@@ -101,8 +102,6 @@ def nearest(x, data):
 
 
 class Exam:
-    """The judge of one image size, and the features of the real digits that samples are compared with."""
-
     def __init__(self, size):
         self.judge = train_judge(size)
         self.real, _ = features_and_accuracy(self.judge, *digits(5000, size, 2000))
@@ -118,16 +117,10 @@ exam_of = lru_cache(Exam)  # one judge a size
 
 def draw(model, y, **options):
     """-> images (n, 3, H, W) of the classes y (n,), by sample.py's code; options are those of its sample_latents."""
-    decode = load_decoder(model.config, next(model.parameters()).device)
-    index = torch.arange(len(y))
-    return torch.cat([decode(sample_latents(model, y[part], part, **options)) for part in index.split(100)])
-
-
-def report(**figures):
-    """Print the figures in a line -> the same, for --json."""
-    words = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in figures.items()}
-    print(", ".join(f"{name} {word}" for name, word in words.items()), flush=True)
-    return figures
+    config = model.config
+    vae = load_vae(config.vae, next(model.parameters()).device) if config.vae else None
+    latents = [sample_latents(model, y[part], part, **options) for part in torch.arange(len(y)).split(100)]
+    return decode(vae, torch.cat(latents), config.latent_scale)
 
 
 def rate_samples(path, args):
@@ -177,11 +170,15 @@ def read_folder(folder, config, device):
     size = config.input_size
     if vae:
         size *= 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's height
-    rows = [encode(vae, load_image(folder / file, size)[None], [file])[0, 0] for file, _ in files]
+    rows = []
+    labels = []
+    for file, label in files:
+        image = read_image(folder / file, size)
+        if image is not None:  # else read_image has named the file
+            rows.append(encode(vae, image[None], [file])[0, 0])
+            labels.append(label)
     x0 = torch.from_numpy(np.stack(rows)).float()
-    if not vae:
-        x0 = x0 / 127.5 - 1
-    return x0, names, torch.tensor([label for _, label in files])
+    return x0 if vae else x0 / 127.5 - 1, names, torch.tensor(labels)
 
 
 def compare_losses(args):
@@ -211,7 +208,7 @@ def main():
     flag("ckpt", nargs="+")
     flag("--data", help="print the held-out loss on the images of this folder")
     flag("--dtype", choices=DTYPES, default="fp32", help="of products with ternary weights")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for --data")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="for --data")
     flag("-n", type=int, default=1000, help="samples of each checkpoint (default 1000)")
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm")
     flag("--steps", type=int, default=16)

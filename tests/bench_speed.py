@@ -1,14 +1,16 @@
 """How fast ternary weights are, against dense bf16 ones: one packed layer, whole models, a training step.
 
-    python tests/bench_speed.py layers      every shape of 600M and 4.2B, on the GPU if there is one, else on the CPU
-    python tests/bench_speed.py models      600M at 256x256: a guided step and an image; seconds, bytes, peak memory
-    python tests/bench_speed.py training    a training step with ternary weights, over the same step with dense ones
+    python tests/bench_speed.py             all three parts, on the GPU if there is one, else on the CPU
+    python tests/bench_speed.py layers      every shape of 600M and 4.2B
+    python tests/bench_speed.py models      600M at 256x256: a guided step and an image; seconds, memory, errors
+    python tests/bench_speed.py training    forward, backward and AdamW with ternary weights, over the same with dense
 
 layers: "ours" is packed_linear, which on a CPU is exact for few rows and else rounds activations to int8; "plain" first
-unpacks the weight to bf16 in memory. models: random weights; packed ones with products in int8, bf16 and fp32 (on a
-CPU fp32 is what TerDiT's released code does), and dense ones, which are Large-DiT in bf16. training: forward, backward
-and fused AdamW. Rivals take turns, so that a busy machine slows all of them. Times are medians; a ratio is the median
-of its values in each turn, with their quartiles behind it.
+unpacks the weight to bf16 in memory. models: one set of random weights; packed, with products in int8, bf16 and fp32
+(on a CPU that is what TerDiT's released code does), and dense in bf16. Errors are relative to products in fp32.
+
+Rivals take turns, so that a busy machine slows all of them. Times are medians; a ratio is the median of its values in
+each turn, with their quartiles behind it.
 """
 
 import argparse
@@ -24,13 +26,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import DTYPES, sample_latents  # noqa: E402
-from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear, cuda_kernel, in_dtype  # noqa: E402
-from terdit import launch_kernel, pack_ternary, packed_linear, packed_linear_plain, unpack_ternary  # noqa: E402
+from sample import DEVICES, DTYPES, sample_latents  # noqa: E402
+from terdit import SIZES, Config, DiT, GaussianDiffusion, cuda_kernel, in_dtype, launch_kernel  # noqa: E402
+from terdit import pack_ternary, packed_linear, packed_linear_plain, unpack_ternary  # noqa: E402
 from tests.baselines import MetaDiT, MetaDiTConfig  # noqa: E402
 
 
@@ -69,6 +72,7 @@ SHAPES = {  # (N, K): where
     (1536, 1536): "600M attention", (4096, 1536): "600M w1, w3", (1536, 4096): "600M w2", (9216, 1024): "600M adaLN",
     (3072, 3072): "4.2B attention", (8192, 3072): "4.2B w1, w3", (3072, 8192): "4.2B w2", (18432, 1024): "4.2B adaLN",
 }  # fmt: skip
+MODES = ["int8", "bf16", "fp32", "dense"]  # int8 is for CPUs
 ROWS = [1, 2, 4, 16, 512, 2048]  # of x: a guided 256x256 image has 2 in adaLN, elsewhere 2 x 256
 CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}  # measured bf16 FLOP/s and bytes/s, of SXM boards
 
@@ -114,7 +118,7 @@ def make_clock(calls, device):
 
 def time_layer(M, N, K, args):
     """-> the times of each rival."""
-    n_bytes = 2.5e8 if args.device == "cuda" else 0  # of each rival's copies: together they exceed the L2 cache
+    n_bytes = 2.5e8 if args.device == "cuda" else 0  # of a rival's copies of the weight: more than an L2 cache
     alphas = torch.full((1,), 0.02, device=args.device)
     x = torch.randn(M, K, device=args.device).bfloat16()
     x_ours = x.float() if args.device == "cpu" else x  # what a layer gets from the residual stream
@@ -145,8 +149,7 @@ def layers(args):
                            plain_over_dense=over(times["plain"], times["dense"]))  # fmt: skip
             if ceilings:
                 n_bytes = N * K / 4 + 2 * M * (N + K)  # the packed weight, x and the result
-                floor_s = max(2 * M * N * K / ceilings[0], n_bytes / ceilings[1])
-                figures["share_of_ceiling"] = floor_s / ours_s
+                figures["share_of_ceiling"] = max(2 * M * N * K / ceilings[0], n_bytes / ceilings[1]) / ours_s
             results.append(report(**figures))
     for M in args.rows:
         medians = [row["ours_over_dense"][0] for row in results if row["M"] == M]
@@ -155,7 +158,7 @@ def layers(args):
     return results
 
 
-# Models run each in a process of its own: no other's memory counts, and none reuses what another one has freed.
+# Models and trainings run in processes of their own: no other's memory counts, and none reuses what another one freed.
 
 
 def prepare(make, arguments):
@@ -168,42 +171,38 @@ def do(job):
 
 
 def start(make, *arguments):
-    """Start work = make(*arguments) in a process of its own -> function that has work(job) done there.
-
-    It raises BrokenProcessPool if that process died, for want of memory perhaps.
-    """
+    """-> function that has work(job) done in a new process, in which work = make(*arguments)."""
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare, (make, arguments))
     return lambda job: pool.submit(do, job).result()
 
 
-MODES = ["int8", "bf16", "fp32", "dense"]
-
-
+@torch.no_grad()
 def random_model(size, image_size, mode, device):
-    latent_size = image_size // 8
+    """The same weights in every mode, made in place: what would be in memory twice would count."""
     with torch.device("meta"):
         if size == "DiT-XL/2":
-            model = MetaDiT(MetaDiTConfig(input_size=latent_size)).to(torch.bfloat16)
+            model = MetaDiT(MetaDiTConfig(input_size=image_size // 8)).to(torch.bfloat16)
         else:
-            config = Config(**SIZES[size] | dict(input_size=latent_size))
-            if mode == "dense":
-                model = DiT(replace(config, ternary=False, adaln_norm=False)).to(torch.bfloat16)
-            else:
-                model = in_dtype(DiT(config, packed=True), DTYPES[mode])
-    model = model.to_empty(device=device)
-    for name, p in model.named_parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.02)
-        else:
-            torch.nn.init.constant_(p, 1.0 if "norm" in name else 0.0)
-    # A byte holds four codes of 0, 1 or 2. One block of random bytes serves all layers: more would count as memory.
+            config = Config(**SIZES[size] | dict(input_size=image_size // 8, ternary=mode != "dense"))
+            model = in_dtype(DiT(config, packed=config.ternary), torch.bfloat16 if mode == "dense" else DTYPES[mode])
+    model = model.to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(0)
+    # A byte holds four codes of 0, 1 or 2. One block of random bytes serves all layers.
     codes = sum(torch.randint(3, (256, 8192), dtype=torch.uint8, device=device) << shift for shift in (0, 2, 4, 6))
-    for module in model.modules():
-        if isinstance(module, PackedTernaryLinear):
-            module.alphas.data.fill_(0.02)
-            for rows in module.weight.split(256):
-                rows.copy_(codes[: len(rows), : rows.shape[1]])
-    return model.eval().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        if name.startswith("layers.") and tensor.ndim == 2:
+            n_rows = len(tensor) if tensor.dtype == torch.uint8 else len(tensor) // 4
+            packed = codes.repeat(n_rows // 256 + 1, 1)[:n_rows, : tensor.shape[1]]
+            tensor.copy_(packed if tensor.dtype == torch.uint8 else unpack_ternary(packed) * 0.02)
+        elif tensor.ndim > 1:
+            tensor.normal_(std=1.0 if "y_embedder" in name else 0.02)  # labels differ
+        elif name.endswith("alphas"):
+            tensor.fill_(0.02)
+        elif name.endswith("adaLN_modulation.2.weight"):
+            tensor.fill_(0.3)  # gates of a trained model's size
+        else:
+            tensor.fill_(1.0 if "norm" in name else 0.0)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -217,12 +216,12 @@ def guided_step(model, device):
 
 
 def make_model_work(size, image_size, mode, device, steps):
-    """-> function of a job: seconds of a guided "step" or of an "image" of so many steps, "bytes" of all before."""
+    """-> function of a job: seconds of a "step" or of an "image" of so many steps, "bytes" so far, a step's "output"."""
     model = random_model(size, image_size, mode, device)
 
     def work(job):
         if job == "bytes":
-            tensors = [*model.parameters(), *model.buffers()]
+            tensors = model.state_dict().values()
             in_memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             in_file = sum(tensor.numel() * (1 if tensor.dtype == torch.uint8 else 4) for tensor in tensors)  # fp32
             if device == "cuda":
@@ -230,6 +229,8 @@ def make_model_work(size, image_size, mode, device, steps):
             else:  # not resource's ru_maxrss: it begins with the peak of the process that started this one
                 peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
             return dict(weights=in_memory, file=in_file, peak=peak)
+        if job == "output":
+            return guided_step(model, device).float().cpu().numpy()
         start = time.perf_counter()
         if job == "step":
             guided_step(model, device)
@@ -242,34 +243,10 @@ def make_model_work(size, image_size, mode, device, steps):
     return work
 
 
-@torch.no_grad()
-def errors(size):
-    """Relative errors of a guided step on a CPU against products in fp32, by mode, of one set of random weights."""
-    model = random_model(size, 256, "fp32", "cpu")
-    torch.nn.init.normal_(model.y_embedder.embedding_table.weight, std=1.0)  # two labels that differ
-    for block in model.layers:
-        block.adaLN_modulation[2].weight.data.fill_(0.3)  # gates of a trained model's size
-    outs = {mode: guided_step(in_dtype(model, DTYPES[mode]), "cpu") for mode in ("fp32", "bf16", "int8")}
-    with torch.device("meta"):
-        dense = DiT(replace(model.config, ternary=False))
-    state = {}
-    for name, value in model.state_dict().items():
-        if value.dtype == torch.uint8:
-            value = unpack_ternary(value) * model.get_parameter(name.removesuffix("weight") + "alphas")
-        if not name.endswith("alphas"):
-            state[name] = value.to(torch.bfloat16)
-    dense.load_state_dict(state, assign=True)
-    outs["dense"] = guided_step(dense, "cpu")
-    want = outs.pop("fp32")
-    return {mode: ((out.float() - want).norm() / want.norm()).item() for mode, out in outs.items()}
-
-
 def models(args):
-    error_of = {}
-    if args.device == "cpu" and "dense" in args.modes:
-        error_of = errors(args.size)
     asks = {mode: start(make_model_work, args.size, 256, mode, args.device, args.steps) for mode in args.modes}
     steps = take_turns({mode: partial(ask, "step") for mode, ask in asks.items()}, args.seconds)
+    outputs = {mode: ask("output") for mode, ask in asks.items()}
     results = []
     for mode, ask in asks.items():
         image_s = ask("image")
@@ -278,35 +255,37 @@ def models(args):
                        image_steps=args.steps, weights_mb=n_bytes["weights"] / 1e6, peak_mb=n_bytes["peak"] / 1e6)
         if "dense" in args.modes:
             figures["step_over_dense"] = over(steps[mode], steps["dense"])
-        if mode in error_of:
-            figures["error_against_fp32"] = error_of[mode]
+        if "fp32" in args.modes:
+            figures["error"] = float(np.linalg.norm(outputs[mode] - outputs["fp32"]) / np.linalg.norm(outputs["fp32"]))
         results.append(report(**figures))
     return results
 
 
-BLOCK = SIZES["600M"] | dict(n_layers=1)
-CASES = [("tiny", Config(**SIZES["tiny"]), 16), ("600M block", Config(**BLOCK), 4)]  # images a step
+CASES = [("tiny", Config(**SIZES["tiny"]), 16), ("600M block", Config(**SIZES["600M"] | dict(n_layers=1)), 4)]
 
 
-def make_training_work(config, n, bf16, compiled):
+def make_training_work(config, n, bf16, compiled, device):
     """-> function that trains a model of this config for one step, always on the same n images, and times it."""
-    model = DiT(config)
+    with torch.device(device):
+        model = DiT(config)
+        x0 = torch.randn(n, config.in_channels, config.input_size, config.input_size)
+        y = torch.randint(config.num_classes, (n,))
+        t = torch.randint(1000, (n,))
     if compiled:
         for block in model.layers:
             block.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    x0 = torch.randn(n, config.in_channels, config.input_size, config.input_size)
-    y = torch.randint(config.num_classes, (n,))
-    t = torch.randint(1000, (n,))
     diffusion = GaussianDiffusion(prediction=config.prediction)
 
     def work(job):
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = diffusion.training_losses(model, x0, t, y, noise=torch.randn_like(x0))["mse"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return work
@@ -317,7 +296,7 @@ def training(args):
     for (name, config, n), bf16, compiled in itertools.product(CASES, (False, True), (False, True)):
         works = {}
         for ternary in (False, True):
-            ask = start(make_training_work, replace(config, ternary=ternary), n, bf16, compiled)
+            ask = start(make_training_work, replace(config, ternary=ternary), n, bf16, compiled, args.device)
             works[ternary] = partial(ask, "step")
         times = take_turns(works, args.seconds)
         results.append(report(model=name, images=n, bf16=bf16, compiled=compiled,
@@ -329,20 +308,20 @@ def training(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("part", choices=["layers", "models", "training"])
-    flag("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    flag("--seconds", type=float, default=5, help="of each row's turns, of which there are at least seven")
+    parts = dict(layers=layers, models=models, training=training)
+    flag("part", nargs="?", choices=parts)
+    flag("--device", choices=DEVICES, default=DEVICES[0])
+    flag("--seconds", type=float, default=5, help="of each row's turns, of which there are at least seven (default 5)")
     flag("--rows", type=int, nargs="+", default=ROWS, help="layers: rows of x")
     flag("--kernel", default="auto", help="layers on a GPU: naive, small_batch, mma or wgmma")
     flag("--tokens", type=int, default=0, help="layers on a GPU: of a thread block's tile")
     flag("--size", choices=SIZES, default="600M", help="models")
-    flag("--modes", nargs="+", choices=MODES, default=MODES, help="models")
+    flag("--modes", nargs="+", choices=MODES, default=MODES if DEVICES == ["cpu"] else MODES[1:], help="models")
     flag("--steps", type=int, default=16, help="models: of DPM-Solver++, for an image")
     flag("--json", help="also write the figures to this file")
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, {args.device}, torch {torch.__version__}")
-    parts = dict(layers=layers, models=models, training=training)
-    results = parts[args.part](args)
+    results = {name: part(args) for name, part in parts.items() if args.part in (None, name)}
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
 
