@@ -18,12 +18,12 @@ noise. The judge of bench_quality.py rates them.
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
-import time
+from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,137 +33,98 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sample import PAPER_STEPS, Progress, load_decoder, pick_classes, positive  # noqa: E402
-from sample import run_main, sample_images, to_uint8  # noqa: E402
-from terdit import SIZES, Config, GaussianDiffusion, atomic_write, load_model  # noqa: E402
-from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, quantize_model  # noqa: E402
-from tests.bench_model import in_its_own_process  # noqa: E402
-from tests.bench_quality import Exam  # noqa: E402
-from train import DEMO, bf16_is_fast, build_model, draw_batch, load_data, make_optimizer, states  # noqa: E402
+import train  # noqa: E402
+from sample import DEVICES, Progress, find_checkpoint, pick_classes, run_main, to_uint8  # noqa: E402
+from terdit import SIZES, Config, DiT, load_model  # noqa: E402
+from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, load_any, quantize_model  # noqa: E402
+from tests.bench_quality import draw, exam_of  # noqa: E402
+from tests.bench_speed import make_model_work, start  # noqa: E402
 
-DDPM_STEPS = 25  # the paper's sampler, in fewer steps
-STEPS_OF = {"tiny": DEMO.steps, "small": 1500}  # a step of small takes more than twice as long
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models and their samples
+STEPS_OF = {"tiny": train.DEMO["steps"], "small": 1500}  # a step of small takes more than twice as long
+DDPM = dict(sampler="ddpm", steps=25)  # the paper's sampler, in fewer steps
 
 
-def start_training(path, size, seed, quiet):
-    """Start train.py, which will write the checkpoint `path`."""
-    flags = ["--compile", "--size", size, "--seed", str(seed), "--steps", str(STEPS_OF[size]), "--out", path.parent]
-    if path.name == "full.pt":
-        flags.append("--full-precision")
-    # Two trainings share the cores. Threads that wait should sleep, not spin: the other training can use their core.
-    env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    stdout = subprocess.DEVNULL if quiet else None
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], env=env, stdout=stdout)
-
-
-def train_missing(paths, size, seed):
-    """Train the checkpoints that do not exist yet, all at once. Only the first one shows its progress."""
-    trainings = {}
-    try:
-        for path in paths:
-            if not path.is_file():
-                trainings[path] = start_training(path, size, seed, quiet=len(trainings) > 0)
-        for training in trainings.values():
-            training.wait()
-    finally:
-        # After Ctrl-C the trainings save their state: wait for that, too.
-        failed = [str(path.parent) for path, training in trainings.items() if training.wait() != 0]
-    if failed:
-        raise ValueError(f"the training of {' and '.join(failed)} did not end well: see above")
-
-
-def check_recipe(folder, size, seed):
-    """Refuse a model that this script would not have trained like that. Without a saved state, nothing is known."""
-    saved = states(folder)
-    if not saved:
-        return
-    metadata = json.loads((saved[-1] / "run.json").read_text())
-    for field, wanted in dict(steps=STEPS_OF[size], seed=seed, decay=DEMO.decay).items():
-        found = metadata.get(field)
-        if found != wanted:
-            raise ValueError(f"{folder} was trained with {field}={found}, not {wanted}: move it away")
+def read_log(folder):
+    """log.csv of a run -> its rows, dicts of text."""
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def trained(size, seed):
-    """-> paths of the full-precision and of the ternary checkpoint. Those that are missing are trained first."""
-    name = "demo" if size == "tiny" else "paper-small"
-    ending = f"-seed{seed}" if seed > 0 else ""
-    full = Path("runs") / f"{name}-full{ending}" / "full.pt"
-    ternary = Path("runs") / f"{name}{ending}" / "packed.pt"
-    train_missing([full, ternary], size, seed)
-    check_recipe(full.parent, size, seed)
-    check_recipe(ternary.parent, size, seed)
-    return [full, ternary]
-
-
-@lru_cache(maxsize=None)
-def exam_of(size):
-    return Exam(size)
+    """-> paths of the full-precision and of the ternary checkpoint. Trainings that are missing come first, and those
+    that were stopped go on."""
+    paths = []
+    for ending, file in (("-full", "full.pt"), ("", "packed.pt")):
+        name = "demo" if size == "tiny" else "paper-small"
+        if seed:
+            ending += f"-seed{seed}"
+        path = Path("runs") / f"{name}{ending}" / file
+        log = read_log(path.parent) if (path.parent / "log.csv").is_file() else []
+        if not path.is_file() or (log and int(log[-1]["step"]) < STEPS_OF[size]):
+            command = [sys.executable, ROOT / "train.py", "--compile", "--size", size, "--seed", str(seed),
+                       "--steps", str(STEPS_OF[size]), "--out", path.parent]  # fmt: skip
+            if file == "full.pt":
+                command.append("--full-precision")
+            if subprocess.run(command).returncode:
+                raise ValueError(f"the training of {path.parent} did not end well: see above")
+        paths.append(path)
+    return paths
 
 
 def quality(model, n, seed, cfg=1.5):
     """-> samples (n, 3, H, W) of the classes in turn; their accuracy and toy FID."""
     y = torch.arange(n) % 10
-    x = sample_images(model, y, seed, cfg, DDPM_STEPS, "ddpm")
-    found = exam_of(model.config.input_size).quality(x, y)
-    return x, dict(**found, n=n, seed=seed, cfg=cfg)
+    x = draw(model, y, seed=seed, cfg_scale=cfg, **DDPM)
+    return x, exam_of(model.config.input_size).quality(x, y)
 
 
-@lru_cache(maxsize=None)
-def quality_of(path, n, seed, cfg=1.5):
-    return quality(load_model(path), n, seed, cfg)
-
-
-def spread(values, form):
+def spread(values, digits):
     """The median of the values of some seeds, and their range if there is more than one."""
-    median = form.format(np.median(values))
-    if len(values) == 1:
-        return median
-    return f"{median} ({form.format(min(values))} to {form.format(max(values))})"
+    text = f"{np.median(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return text
 
 
 def quality_columns(results):
     """Accuracy and toy FID of some seeds, as two columns of a table."""
-    accuracy = spread([100 * result["accuracy"] for result in results], "{:.1f}")
-    return [accuracy, spread([result["fid"] for result in results], "{:.2f}")]
+    return [spread([100 * r["accuracy"] for r in results], 1), spread([r["fid"] for r in results], 2)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures and tables
+# Tables and pictures
 
 
-def font(size=15):
-    return ImageFont.load_default(size=size)
+def publish(out, name, title, columns, rows, results):
+    """Print the table, and write it and the figures behind it."""
+    lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
+    text = f"## {title}\n\n" + "\n".join(lines) + "\n"
+    print(text, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text)
+    (out / f"{name}.json").write_text(json.dumps(results, indent=1))
+    tables = [path.read_text() for path in sorted(out.glob("*.md")) if path.name != "results.md"]
+    (out / "results.md").write_text("\n".join(tables))
 
 
-def save_png(image, path):
-    atomic_write(path, lambda file: image.save(file, "PNG"))
-
-
-class Row(NamedTuple):
-    title: str
-    note: str  # the line below the title
-    images: torch.Tensor  # (n, 3, H, W) in [-1, 1]
+FONT = ImageFont.load_default(size=15)
 
 
 def sheet(rows, path, zoom=3):
-    """Draw rows of images, each with its text on the left."""
-    left = 290
+    """Draw rows of images: title, the line below it, images (n, 3, H, W) in [-1, 1]."""
+    left = 290  # room for the text
     gap = 4
-    images = [to_uint8(row.images).repeat(zoom, 1).repeat(zoom, 2) for row in rows]
-    n, height, width, _ = images[0].shape
+    strips = [to_uint8(images).repeat(zoom, 1).repeat(zoom, 2) for _, _, images in rows]
+    n, height, width, _ = strips[0].shape
     page = Image.new("RGB", (left + n * width, len(rows) * (height + gap)), "white")
-    draw = ImageDraw.Draw(page)
-    for i, row in enumerate(rows):
+    pen = ImageDraw.Draw(page)
+    for i, (title, note, _) in enumerate(rows):
         top = i * (height + gap)
-        text = f"{row.title}\n{row.note}"
-        draw.text((8, top + height // 2 - 22), text, fill="black", font=font(), spacing=6)
-        strip = np.concatenate(list(images[i]), axis=1)
-        page.paste(Image.fromarray(strip), (left, top))
-    save_png(page, path)
+        pen.text((8, top + height // 2 - 22), f"{title}\n{note}", fill="black", font=FONT, spacing=6)
+        page.paste(Image.fromarray(np.concatenate(list(strips[i]), axis=1)), (left, top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)
+    print(f"wrote {path}")
 
 
 COLOURS = ["#222222", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#999999"]  # Okabe and Ito's
@@ -176,446 +137,274 @@ class Panel(NamedTuple):
     log: bool = True  # a logarithmic y axis, which leaves out values of 0; otherwise linear, and 0 is on it
 
 
-class Axis(NamedTuple):
-    """Where values lie: `low` at one pixel, `high` at another."""
-
-    low: float
-    high: float
-    low_pixel: float
-    high_pixel: float
-    log: bool = False
-
-    def pixel(self, value):
-        if self.log:
-            share = np.log(value / self.low) / np.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return float(self.low_pixel + share * (self.high_pixel - self.low_pixel))
-
-
-def can_be_shown(values, log):
-    values = np.asarray(values)
-    return np.isfinite(values) & ((values > 0) | (not log))
+def ticks(low, high, log=False):
+    """Round numbers, the first at or below low, the last at or above high."""
+    if log:
+        powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 2)
+        factors = [1, 2, 5] if len(powers) <= 4 else [1]
+        found = np.concatenate([power * np.array(factors) for power in powers])
+    else:
+        least_step = (high - low) / 5
+        power = 10.0 ** np.floor(np.log10(least_step))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least_step)
+        found = step * np.arange(np.floor(low / step), np.ceil(high / step) + 1)
+    first = np.flatnonzero(found <= low)[-1]
+    last = np.flatnonzero(found >= high)[0]
+    return found[first : max(last, first + 1) + 1]
 
 
-def linear_ticks(low, high):
-    """About five round numbers, the first at or below low, the last at or above high."""
-    least_step = (high - low) / 5
-    power = 10.0 ** np.floor(np.log10(least_step))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least_step)
-    return step * np.arange(np.floor(low / step), np.ceil(high / step) + 1)
-
-
-def log_ticks(low, high):
-    """The powers of ten from below low to above high; over a short range 1, 2, 5, 10, 20, 50 and so on instead."""
-    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    if len(powers) > 3:
-        return powers
-    ticks = np.concatenate([[power, 2 * power, 5 * power] for power in powers])
-    first = np.flatnonzero(ticks <= low)[-1]
-    last = np.flatnonzero(ticks >= high)[0]
-    return ticks[first : max(last, first + 1) + 1]
-
-
-def draw_panel(draw, panel, frame, x_range, colours):
+def draw_panel(pen, panel, frame, colours):
     """Draw the axes and lines of a panel. frame: pixels of its left, top, right and bottom."""
     left, top, right, bottom = frame
-    middle = (left + right) / 2
-    xs = np.concatenate([x for x, _ in panel.lines.values()])
-    ys = np.concatenate([y for _, y in panel.lines.values()])
-    ys = ys[can_be_shown(ys, panel.log)]
-    if panel.log:
-        y_ticks = log_ticks(ys.min(), ys.max())
-    else:
-        y_ticks = linear_ticks(min(0, ys.min()), ys.max() or 1)
-    x_axis = Axis(*x_range, left, right)
-    y_axis = Axis(y_ticks[0], y_ticks[-1], bottom, top, panel.log)
-
-    draw.text((middle, top - 8), panel.title, fill="black", font=font(16), anchor="ms")
-    draw.text((middle, bottom + 40), panel.x_label, fill="black", font=font(), anchor="ms")
-    for value in y_ticks:
-        y = y_axis.pixel(value)
-        draw.line([(left, y), (right, y)], fill="#cccccc")
-        draw.text((left - 6, y), f"{value:g}", fill="black", font=font(13), anchor="rm")
-    x_ticks = np.unique(xs)
-    if len(x_ticks) > 12:
-        x_ticks = linear_ticks(*x_range)
-    last_label = -np.inf
-    for value in x_ticks:
-        x = x_axis.pixel(value)
-        if left <= x <= right and x > last_label + 40:  # there is room for its number
-            draw.text((x, bottom + 6), f"{value:,.0f}", fill="black", font=font(13), anchor="mt")
-            last_label = x
+    points = {}  # of each line, without what a logarithm cannot show
     for name, (xs, ys) in panel.lines.items():
-        shown = can_be_shown(ys, panel.log)
-        points = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y, show in zip(xs, ys, shown) if show]
-        draw.line(points, fill=colours[name], width=3, joint="curve")
-        if len(points) <= 20:
-            for x, y in points:
-                draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colours[name])
-    draw.rectangle(frame, outline="black")
+        points[name] = [(x, y) for x, y in zip(xs, ys) if np.isfinite(y) and (y > 0 or not panel.log)]
+    ys = [y for line in points.values() for _, y in line]
+    x_ticks = ticks(0, max(x for line in points.values() for x, _ in line) or 1)
+    y_ticks = ticks(min(ys), max(ys), log=True) if panel.log else ticks(min(0, *ys), max(ys) or 1)
+
+    def place(x, y):
+        """The pixel of a point."""
+        low = y_ticks[0]
+        high = y_ticks[-1]
+        share = np.log(y / low) / np.log(high / low) if panel.log else (y - low) / (high - low)
+        return left + x / x_ticks[-1] * (right - left), bottom - share * (bottom - top)
+
+    middle = (left + right) / 2
+    pen.text((middle, top - 8), panel.title, fill="black", font=FONT, anchor="ms")
+    pen.text((middle, bottom + 40), panel.x_label, fill="black", font=FONT, anchor="ms")
+    for value in y_ticks:
+        _, y = place(0, value)
+        pen.line([(left, y), (right, y)], fill="#cccccc")
+        pen.text((left - 6, y), f"{value:g}", fill="black", font=FONT, anchor="rm")
+    for value in x_ticks:
+        x, _ = place(value, y_ticks[0])
+        pen.text((x, bottom + 6), f"{value:,.0f}", fill="black", font=FONT, anchor="mt")
+    for name, line in points.items():
+        pixels = [place(x, y) for x, y in line]
+        pen.line(pixels, fill=colours[name], width=3, joint="curve")
+        if len(pixels) <= 20:
+            for x, y in pixels:
+                pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colours[name])
+    pen.rectangle(frame, outline="black")
 
 
 def plot(panels, columns=2, width=470, height=330):
-    """-> a page of panels, each width x height pixels, below one legend. Equal x labels share one range of x."""
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    """-> a page of panels, each width x height pixels, below one legend."""
+    names = dict.fromkeys(name for panel in panels for name in panel.lines)
     colours = dict(zip(names, COLOURS))
-    x_values = {}
-    for panel in panels:
-        for x, _ in panel.lines.values():
-            x_values.setdefault(panel.x_label, []).extend(x)
     left = 62  # room for the numbers of the y axis
     legend = 24 * len(names) + 20
-    rows = -(-len(panels) // columns)
-    page = Image.new("RGB", (columns * width, legend + rows * height), "white")
-    draw = ImageDraw.Draw(page)
+    page = Image.new("RGB", (columns * width, legend + -(-len(panels) // columns) * height), "white")
+    pen = ImageDraw.Draw(page)
     for i, name in enumerate(names):
         y = 20 + 24 * i
-        draw.line([(left, y), (left + 36, y)], fill=colours[name], width=3)
-        draw.text((left + 46, y), name, fill="black", font=font(), anchor="lm")
+        pen.line([(left, y), (left + 36, y)], fill=colours[name], width=3)
+        pen.text((left + 46, y), name, fill="black", font=FONT, anchor="lm")
     for i, panel in enumerate(panels):
-        panel_left = i % columns * width
-        panel_top = legend + i // columns * height
-        frame = (panel_left + left, panel_top + 34, panel_left + width - 26, panel_top + height - 50)
-        low = min(x_values[panel.x_label])
-        high = max(x_values[panel.x_label])
-        draw_panel(draw, panel, frame, (low, max(high, low + 1)), colours)
+        x = i % columns * width
+        y = legend + i // columns * height
+        draw_panel(pen, panel, (x + left, y + 34, x + width - 26, y + height - 50), colours)
     return page
 
 
-def publish(args, name, title, columns, rows, results):
-    """Print the table, and write it and the figures behind it."""
-    lines = [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows)]
-    text = f"## {title}\n\n" + "\n".join(lines) + "\n"
-    print(text, flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.md").write_text(text)
-    (args.out / f"{name}.json").write_text(json.dumps(results, indent=1))
-    tables = [path.read_text() for path in sorted(args.out.glob("*.md")) if path.name != "results.md"]
-    (args.out / "results.md").write_text("\n".join(tables))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures 1 and 5, and any two checkpoints
-
-
 def sample_twice(path, args):
-    """-> the config of a checkpoint, and two samples of each class, as two rows of all classes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # kernel.cu needs bf16
-    model = load_model(path, device, dtype)
+    """-> two samples of each class of a checkpoint, as two rows of all classes."""
+    dtype = torch.bfloat16 if DEVICES[0] == "cuda" else torch.float32  # kernel.cu needs bf16
+    model = load_any(find_checkpoint(path), DEVICES[0], dtype)
     config = model.config
-    decode = None
-    cfg = 1.5
-    steps = DDPM_STEPS
-    if config.vae:  # a model of latents
-        decode = load_decoder(config.vae, config.latent_scale, device)
-        cfg = 4.0
-        steps = PAPER_STEPS
-    if args.cfg is not None:
-        cfg = args.cfg
-    if args.steps is not None:
-        steps = args.steps
+    cfg = args.cfg
+    if cfg is None:
+        cfg = 4.0 if config.vae else 1.5
+    steps = args.steps or (250 if config.vae else DDPM["steps"])
     classes = pick_classes(args.classes, config)
     y = torch.tensor(classes).repeat(2)
-    progress = Progress(len(y) * steps)
-    x = sample_images(model, y, args.seeds[0], cfg, steps, "ddpm", decode=decode, progress=progress)
-    first, second = x.split(len(classes))
-    return config, first, second
+    x = draw(model, y, seed=args.seeds[0], cfg_scale=cfg, steps=steps, sampler="ddpm", progress=Progress(len(y)))
+    title = f"{'ternary' if config.ternary else 'full precision'}, {config.dim} wide"
+    return [(title, "/".join(path.parts[-2:]), images) for images in x.split(len(classes))]
 
 
 def compare(args, paths, name="compare"):
     """A row of samples of each checkpoint, then another. All rows have the same classes, each pair the same noise."""
-    first_rows = []
-    second_rows = []
-    args.out.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        config, first, second = sample_twice(path, args)
-        weights = "ternary" if config.ternary else "full precision"
-        title = f"{weights}, {config.dim} wide"
-        file = "/".join(Path(path).parts[-2:])
-        first_rows.append(Row(title, file, first))
-        second_rows.append(Row(title, file, second))
-    shapes = {tuple(row.images.shape) for row in first_rows}
+    pairs = [sample_twice(path, args) for path in paths]
+    rows = [rows[i] for i in (0, 1) for rows in pairs]
+    shapes = {tuple(images.shape) for _, _, images in rows}
     if len(shapes) > 1:
-        both = " and ".join(map(str, sorted(shapes)))
-        raise ValueError(f"the two draw {both} (classes, channels, height, width): expected the same")
-    pixels = first_rows[0].images.shape[-1]
-    sheet(first_rows + second_rows, args.out / f"{name}.png", zoom=max(1, 96 // pixels))
-    print(f"wrote {args.out / name}.png")
+        raise ValueError(f"the two draw {shapes} (classes, channels, height, width): expected the same")
+    sheet(rows, args.out / f"{name}.png", zoom=max(1, 96 // rows[0][2].shape[-1]))
 
 
 def fig1(args):
     compare(args, trained("tiny", args.seeds[0]), "fig1")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figure 2: quantization after training
-
-
-class Rated(NamedTuple):
-    name: str
-    bits: float  # a weight
-    samples: torch.Tensor
-    quality: dict
-
-
 def rate_quantizers(n, seed):
-    """Full precision, ternary from the start, and all ways to quantize the full-precision model after its training."""
+    """Full precision, ternary, and all ways to quantize full precision -> rows for sheet, dicts of what was found."""
     full, ternary = trained("tiny", seed)
-    rated = [Rated("full precision", 32.0, *quality_of(full, n, seed))]
-    rated.append(Rated("ternary from the start (TerDiT)", 2.0, *quality_of(ternary, n, seed)))
+    found = [("full precision", 32.0, *quality(load_model(full), n, seed))]
+    found.append(("ternary from the start (TerDiT)", 2.0, *quality(load_model(ternary), n, seed)))
 
     def calibration(model):
-        sample_images(model, torch.arange(20) % 10, seed + 1000, steps=DDPM_STEPS, sampler="ddpm")
+        draw(model, torch.arange(20) % 10, seed=seed + 1000, **DDPM)
 
     for method in (*RECONSTRUCTIONS, *reversed(QUANTIZERS)):
         model = quantize_model(load_model(full), method, calibration)
-        rated.append(Rated(method, model.bits_per_weight, *quality(model, n, seed)))
-        print(f"seed {seed}: {method}, FID {rated[-1].quality['fid']:.2f}", flush=True)
-    return rated
+        found.append((method, model.bits_per_weight, *quality(model, n, seed)))
+        print(f"seed {seed}: {method}, FID {found[-1][-1]['fid']:.2f}", flush=True)
+    rows = [(name, f"{bits:.2f} bits, FID {rated['fid']:.1f}", x[:20]) for name, bits, x, rated in found]
+    return rows, [dict(name=name, bits=bits, seed=seed, **rated) for name, bits, _, rated in found]
 
 
 def fig2(args):
-    rated_by_seed = [rate_quantizers(args.n, seed) for seed in args.seeds]
-    results = [dict(name=r.name, bits=r.bits, **r.quality) for rated in rated_by_seed for r in rated]
+    rated = [rate_quantizers(args.n, seed) for seed in args.seeds]
+    results = [result for _, results in rated for result in results]
     rows = []
     for name in dict.fromkeys(result["name"] for result in results):
         same = [result for result in results if result["name"] == name]
         rows.append([name, f"{same[0]['bits']:.2f}", *quality_columns(same)])
     columns = ["", "bits a weight", "accuracy, %", "toy FID"]
-    publish(args, "fig2", f"Figure 2: {args.n} samples a row, seeds {args.seeds}", columns, rows, results)
-    notes = [f"{r.bits:.2f} bits, FID {r.quality['fid']:.1f}" for r in rated_by_seed[0]]
-    sheet([Row(r.name, note, r.samples[:20]) for r, note in zip(rated_by_seed[0], notes)], args.out / "fig2.png")
+    publish(args.out, "fig2", f"Figure 2: {args.n} samples a row, seeds {args.seeds}", columns, rows, results)
+    sheet(rated[0][0], args.out / "fig2.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figure 4: what goes through the blocks
 
-
 MARKS = [0, 10, 20, 50, 100, 150, 200, 250, 300]  # steps at which figure 4 looks
 
-
-class Variant(NamedTuple):
-    fields: dict  # of Config
-    alpha: float | None = None  # where the alphas of the adaLN projections start, if not at absmean
-    gain: float | None = None  # where the gains of their norms start, if not at 0
-    upstream: bool = False  # upstream's start: every alpha drawn from N(0, 1), adaLN weights 0, gains 1
-
-
+# Name: fields of Config, and what starts elsewhere than in train.py, by the end of its name. The gains of the RMS Norm
+# start at 0; with a gain of 1 a block does not start as the identity, just as without a norm.
+UPSTREAM = {"alphas": "N(0, 1)", "adaLN_modulation.1.weight": 0.0, "adaLN_modulation.2.weight": 1.0}
+ALPHA_1 = {"adaLN_modulation.1.alphas": 1.0}
+NO_NORM = dict(adaln_norm=False)
 VARIANTS = {
-    "full precision": Variant(dict(ternary=False, adaln_norm=False)),
-    "ternary, RMS Norm, alpha = absmean": Variant({}),
-    "ternary, RMS Norm, alpha = 1": Variant({}, alpha=1.0),
-    # With a gain of 1 a block does not start as the identity, just as without a norm.
-    "ternary, RMS Norm with gain 1, alpha = 1": Variant({}, alpha=1.0, gain=1.0),
-    "ternary, no norm, alpha = absmean": Variant(dict(adaln_norm=False)),
-    "ternary, no norm, alpha = 1": Variant(dict(adaln_norm=False), alpha=1.0),
-    "upstream's start, RMS Norm": Variant({}, upstream=True),
-    "upstream's start, no norm": Variant(dict(adaln_norm=False), upstream=True),
+    "full precision": (dict(ternary=False, adaln_norm=False), {}),
+    "ternary, RMS Norm, alpha = absmean": ({}, {}),
+    "ternary, RMS Norm, alpha = 1": ({}, ALPHA_1),
+    "ternary, RMS Norm with gain 1, alpha = 1": ({}, ALPHA_1 | {"adaLN_modulation.2.weight": 1.0}),
+    "ternary, no norm, alpha = absmean": (NO_NORM, {}),
+    "ternary, no norm, alpha = 1": (NO_NORM, ALPHA_1),
+    "upstream's start, RMS Norm": ({}, UPSTREAM),
+    "upstream's start, no norm": (NO_NORM, UPSTREAM),
 }
 
 
-def start_as_upstream(model):
-    """As its model code and its fork of fairscale have it. About half of the alphas are negative."""
+@torch.no_grad()
+def change_start(model, changes):
     rng = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        if name.endswith("alphas"):
-            p.data.copy_(torch.randn(1, generator=rng))
-        elif name.endswith("adaLN_modulation.1.weight"):
-            p.data.zero_()
-        elif name.endswith("adaLN_modulation.2.weight"):
-            p.data.fill_(1.0)
+    for name, p in model.layers.named_parameters():
+        for ending, value in changes.items():
+            if name.endswith(ending):
+                p.fill_(torch.randn((), generator=rng) if value == "N(0, 1)" else value)
 
 
-class Magnitude(NamedTuple):
-    rms: float
-    greatest: float  # absolute value
+def activations(fields, changes, data, settings):
+    """Train a tiny model at a constant rate -> a dict for each of MARKS: loss, gradient norm, and of the adaLN outputs
+    and of the residual stream the RMS, also by block, and the greatest value."""
+    torch.manual_seed(settings.seed)
+    model = DiT(Config(**SIZES["tiny"] | fields))
+    change_start(model, changes)
+    seen = {}
 
+    def note(name, module, inputs, out):
+        out = out.detach().float()
+        seen[name] = (out.square().mean().sqrt().item(), out.abs().max().item())
 
-class Recorder:
-    """Notes the magnitude of what each block's adaLN (behind its norm) and each block put out, while `on` is True."""
-
-    def __init__(self, model):
-        self.on = False
-        self.outputs = {"adaln": [None] * len(model.layers), "residual": [None] * len(model.layers)}
-        for i, layer in enumerate(model.layers):
-            layer.adaLN_modulation.register_forward_hook(partial(self.note, "adaln", i))
-            layer.register_forward_hook(partial(self.note, "residual", i))
-
-    def note(self, kind, i, module, inputs, out):
-        if self.on:
-            out = out.detach().float()
-            self.outputs[kind][i] = Magnitude(out.square().mean().sqrt().item(), out.abs().max().item())
-
-
-def activations(variant, marks, data, cfg):
-    """Train a tiny model for max(marks) steps -> a dict for each mark.
-
-    It holds the magnitudes by block of the adaLN's outputs and of the residual stream, on that step's batch, and the
-    loss and the gradient norm. The training stops early if the gradient is not finite.
-    """
-    torch.manual_seed(cfg.seed)
-    config = Config(**SIZES["tiny"] | variant.fields)
-    model = build_model(config)
-    if variant.upstream:
-        start_as_upstream(model)
-    for layer in model.layers:
-        if variant.alpha is not None:
-            layer.adaLN_modulation[1].alphas.data.fill_(variant.alpha)
-        if variant.gain is not None:
-            layer.adaLN_modulation[2].weight.data.fill_(variant.gain)
-    diffusion = GaussianDiffusion(prediction=config.prediction)
-    optimizer = make_optimizer(model, cfg)
-    recorder = Recorder(model)
+    for i, layer in enumerate(model.layers):
+        layer.adaLN_modulation.register_forward_hook(partial(note, f"adaln {i}"))
+        layer.register_forward_hook(partial(note, f"residual {i}"))
+    run = train.Run(settings, data, model, deepcopy(model), None)
+    progress = Progress((max(MARKS) + 1) * settings.batch)
     looks = []
-    for step in range(max(marks) + 1):
-        recorder.on = step in marks
-        batch = draw_batch(data, config, cfg, diffusion, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_fast("cpu")):
-            loss = diffusion.training_losses(model, *batch)["loss"].mean()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        if recorder.on:
-            outputs = {kind: list(blocks) for kind, blocks in recorder.outputs.items()}
-            looks.append(dict(step=step, **outputs, loss=loss.item(), grad_norm=grad_norm))
-        if not np.isfinite(grad_norm):
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * group["lr_scale"] * min(1, (step + 1) / cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+    for step in range(max(MARKS) + 1):
+        train.set_learning_rate(run.optimizer, replace(settings, steps=10**9), step)
+        stats = train.train_step(run, train.draw_batch(run, step), progress)
+        if step in MARKS:
+            look = dict(step=step, loss=stats.loss, grad_norm=stats.grad_norm)
+            for kind in ("adaln", "residual"):
+                blocks = [seen[f"{kind} {i}"] for i in range(len(model.layers))]
+                look[f"{kind}_blocks"] = [rms for rms, _ in blocks]
+                look[f"{kind}_rms"] = np.mean([rms**2 for rms, _ in blocks]) ** 0.5
+                look[f"{kind}_greatest"] = max(greatest for _, greatest in blocks)
+            looks.append(look)
     return looks
 
 
-def total_rms(blocks):
-    return np.sqrt(np.mean([block.rms**2 for block in blocks]))
-
-
-def greatest(blocks):
-    return max(block.greatest for block in blocks)
-
-
-def lines_over_steps(found, value):
-    """A line for each variant: value(look) over the steps."""
-    return {name: ([look["step"] for look in looks], [value(look) for look in looks]) for name, looks in found.items()}
-
-
-def lines_over_blocks(found, kind):
-    """A line for each variant: the RMS of each block's output at the last look."""
-    lines = {}
-    for name, looks in found.items():
-        blocks = looks[-1][kind]
-        lines[name] = (list(range(len(blocks))), [block.rms for block in blocks])
-    return lines
-
-
 def fig4(args):
-    cfg = replace(DEMO, seed=args.seeds[0])
-    data = load_data(cfg)
-    found = {name: activations(variant, MARKS, data, cfg) for name, variant in VARIANTS.items()}
+    settings = train.TrainConfig(**train.DEMO | dict(seed=args.seeds[0], micro_batch=16, device="cpu", out=""))
+    settings.dtype = "bf16" if train.bf16_is_fast("cpu") else "fp32"
+    data = train.load_digits(settings)
+    found = {name: activations(*variant, data, settings) for name, variant in VARIANTS.items()}
+    shown = {"adaln_rms": "adaLN RMS", "adaln_greatest": "adaLN greatest", "residual_rms": "residual RMS",
+             "residual_greatest": "residual greatest", "grad_norm": "gradient norm", "loss": "loss"}  # fmt: skip
     rows = []
     for name, looks in found.items():
         for look in (looks[0], looks[len(looks) // 2], looks[-1]):
-            values = [total_rms(look["adaln"]), greatest(look["adaln"]), total_rms(look["residual"]),
-                      greatest(look["residual"]), look["grad_norm"], look["loss"]]
-            rows.append([name, str(look["step"]), *[f"{value:.3g}" for value in values]])
-    columns = ["", "step", "adaLN RMS", "adaLN greatest", "residual RMS", "residual greatest", "gradient norm", "loss"]
+            rows.append([name, str(look["step"]), *[f"{look[field]:.3g}" for field in shown]])
     title = "Figure 4: size tiny, outputs of the adaLN projections and of the blocks"
-    publish(args, "fig4", title, columns, rows, found)
-
-    over_steps = partial(lines_over_steps, found)
-    panels = [
-        Panel("adaLN output: RMS", "step", over_steps(lambda look: total_rms(look["adaln"]))),
-        Panel("adaLN output: greatest", "step", over_steps(lambda look: greatest(look["adaln"]))),
-        Panel("residual stream: RMS", "step", over_steps(lambda look: total_rms(look["residual"]))),
-        Panel("gradient norm before clipping", "step", over_steps(lambda look: look["grad_norm"])),
-        Panel("adaLN output: RMS, last step", "block", lines_over_blocks(found, "adaln")),
-        Panel("residual stream: RMS, last step", "block", lines_over_blocks(found, "residual")),
-    ]
-    save_png(plot(panels), args.out / "fig4.png")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Table 1: quality
+    publish(args.out, "fig4", title, ["", "step", *shown.values()], rows, found)
+    panels = []
+    for field in ("adaln_rms", "adaln_greatest", "residual_rms", "grad_norm"):
+        lines = {name: (MARKS, [look[field] for look in looks]) for name, looks in found.items()}
+        panels.append(Panel(shown[field], "step", lines))
+    for kind in ("adaln", "residual"):
+        lines = {name: (range(4), looks[-1][f"{kind}_blocks"]) for name, looks in found.items()}
+        panels.append(Panel(f"{shown[f'{kind}_rms']}, last step", "block", lines))
+    plot(panels).save(args.out / "fig4.png")
 
 
 def table1(args):
     results = []
     for seed in args.seeds:
         for size in ("tiny", "small"):
-            images = DEMO.batch * STEPS_OF[size]
             for kind, path in zip(("full precision", "ternary"), trained(size, seed)):
                 for cfg in (1.0, 1.5):
-                    _, found = quality_of(path, args.n, seed, cfg)
-                    results.append(dict(size=size, kind=kind, images=images, bytes=path.stat().st_size, **found))
-                    print(f"seed {seed}: {size}, {kind}, guidance {cfg}: FID {found['fid']:.2f}", flush=True)
+                    _, rated = quality(load_model(path), args.n, seed, cfg)
+                    results.append(dict(size=size, kind=kind, cfg=cfg, seed=seed, bytes=path.stat().st_size, **rated))
+                    print(f"seed {seed}: {size}, {kind}, guidance {cfg}: FID {rated['fid']:.2f}", flush=True)
     by_row = {}
     for result in results:
-        row = (result["size"], result["kind"], result["cfg"])
-        by_row.setdefault(row, []).append(result)
+        by_row.setdefault((result["size"], result["kind"], result["cfg"]), []).append(result)
     rows = []
     for (size, kind, cfg), same in by_row.items():
-        file = f"{same[0]['bytes'] / 1e6:.2f} MB"
-        rows.append([size, kind, f"{same[0]['images']:,}", file, f"{cfg:g}", *quality_columns(same)])
+        images = train.DEMO["batch"] * STEPS_OF[size]
+        megabytes = f"{same[0]['bytes'] / 1e6:.2f} MB"
+        rows.append([size, kind, f"{images:,}", megabytes, f"{cfg:g}", *quality_columns(same)])
     columns = ["size", "weights", "images seen", "file", "guidance", "accuracy, %", "toy FID"]
-    publish(args, "table1", f"Table 1: {args.n} samples a row, seeds {args.seeds}", columns, rows, results)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Table 2: the real sizes
+    publish(args.out, "table1", f"Table 1: {args.n} samples a row, seeds {args.seeds}", columns, rows, results)
 
 
 MODELS = [  # name, size, mode, and the memory that the paper's table 2 reports for it on a GPU
     ("DiT-XL/2", "DiT-XL/2", "dense", "3 GB"),
     ("Large-DiT-4.2B", "4.2B", "dense", "17 GB"),
-    ("TerDiT-600M", "600M", "packed", ""),
-    ("TerDiT-4.2B", "4.2B", "packed", "2 GB"),
+    ("TerDiT-600M", "600M", "bf16", ""),
+    ("TerDiT-4.2B", "4.2B", "bf16", "2 GB"),
 ]
 
 
 def table2(args):
     """Random weights at the real sizes. Steps are timed for ten seconds; the paper's 250 steps are 250 times one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     results = []
     rows = []
     for name, size, mode, paper_memory in MODELS:
         for image_size in (256, 512):
+            ask = start(make_model_work, size, image_size, mode, DEVICES[0], 0)
             try:
-                found = in_its_own_process(size, image_size, mode, device, 0)
-            except RuntimeError as e:  # dense 4.2B needs more memory than many a laptop has
-                row = [name, str(image_size), f"failed: {e}", "", "", "", "", ""]
+                warm_up = ask("step")
+                step = np.median([ask("step") for _ in range(max(1, min(10, int(10 / warm_up))))])
+                n_bytes = ask("bytes")
+            except BrokenProcessPool:  # dense 4.2B needs more memory than many a laptop has
+                row = [name, str(image_size), "failed: out of memory?", "", "", "", "", ""]
             else:
-                results.append(dict(name=name, image_size=image_size, device=device, **found))
-                sizes = [f"{found[key] / 1e9:.2f} GB" for key in ("file_bytes", "weight_bytes", "peak_bytes")]
+                results.append(dict(name=name, image_size=image_size, device=DEVICES[0], step_s=step, **n_bytes))
+                sizes = [f"{n_bytes[key] / 1e9:.2f} GB" for key in ("file", "weights", "peak")]
                 paper = paper_memory if image_size == 256 else ""
-                step = found["step_s"]
                 row = [name, str(image_size), *sizes, paper, f"{step:.2f}", f"{250 * step:,.0f}"]
             rows.append(row)
             print(" | ".join(row), flush=True)
-    columns = ["", "pixels", "file", "weights in memory", "peak memory", "paper's GPU memory", "s a step",
-               "s for 250 steps"]
-    publish(args, "table2", f"Table 2: one image, bf16, {where}", columns, rows, results)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A training run
-
-
-def read_log(folder):
-    """log.csv of a run -> its rows, dicts of text."""
-    path = folder / "log.csv"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder, expected the --out of a training")
-    if not path.is_file():
-        raise ValueError(f"{folder}: no log.csv in it, expected the --out of a training")
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    for column in ("step", "loss"):
-        if not rows or not rows[-1].get(column):
-            raise ValueError(f"{path}: no {column} in it, expected a row for each 10 steps of a training")
-    return rows
+    columns = ["", "pixels", "file", "weights in memory", "peak memory", "paper's GPU memory", "s a step", "s for 250"]
+    title = f"Table 2: one image, bf16, {DEVICES[0]}, {torch.get_num_threads()} threads"
+    publish(args.out, "table2", title, columns, rows, results)
 
 
 def read_column(rows, name):
@@ -624,20 +413,12 @@ def read_column(rows, name):
     return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
 
 
-def running_mean(values, window):
-    """The mean of `window` values around each value. Near the two ends it is of fewer, as many before as after."""
-    means = []
-    for i in range(len(values)):
-        reach = min(window // 2, i, len(values) - 1 - i)
-        means.append(np.mean(values[i - reach : i + reach + 1]))
-    return means
-
-
 def run_panels(rows):
     """Curves of a run: the loss, and how many ternary codes flip. What the log lacks is left out."""
-    window = 9
     steps, loss = read_column(rows, "loss")
-    lines = {f"loss, each point the mean of {window} rows of the log": (steps, running_mean(loss, window))}
+    window = min(9, len(loss))
+    smooth = np.convolve(loss, np.ones(window) / window, "valid")
+    lines = {f"loss, each point the mean of {window} rows of the log": (steps[window // 2 :], smooth)}
     steps, val_loss = read_column(rows, "val_loss")
     if val_loss:
         lines["val_loss, of the averaged model on held-out images"] = (steps, val_loss)
@@ -649,99 +430,50 @@ def run_panels(rows):
     return panels
 
 
-def run_grids(folder, last_step, most=6):
-    """The sample grids of a run -> titles and paths, `most` of them, evenly chosen, the first and the last included."""
-    grids = []
-    for path in sorted(folder.glob("grid-*.png")):
-        step = path.stem.removeprefix("grid-")
-        if step.isdigit():
-            grids.append((f"step {int(step):,}", path))
-    if (folder / "grid.png").is_file():
-        grids.append((f"step {last_step:,}, the exported model", folder / "grid.png"))
-    if len(grids) > most:
-        chosen = np.linspace(0, len(grids) - 1, most).round().astype(int)
-        grids = [grids[i] for i in chosen]
-    return grids
-
-
-def draw_strip(grids, width=560, height=230):
-    """-> the grids below each other, each below its title and at most width x height pixels."""
-    images = []
-    for _, path in grids:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-        image.thumbnail((width, height))
-        images.append(image)
-    title_height = 34
-    gap = 10
-    page_width = max(280, *[image.width for image in images])  # 280 holds a title
-    page = Image.new("RGB", (page_width, sum(title_height + image.height + gap for image in images)), "white")
-    draw = ImageDraw.Draw(page)
-    top = 0
-    for (title, _), image in zip(grids, images):
-        draw.text((0, top + title_height - 8), title, fill="black", font=font(16), anchor="ls")
-        page.paste(image, (0, top + title_height))
-        top += title_height + image.height + gap
-    return page
-
-
 def plot_run(folder, path):
-    """Draw a training run: its curves on the left, its sample grids on the right."""
-    rows = read_log(folder)
-    panels = run_panels(rows)
-    grids = run_grids(folder, int(rows[-1]["step"]))
-    if grids:
-        strip = draw_strip(grids)
-        height = min(480, max(330, strip.height // len(panels) - 46))  # as high as the strip, where that looks well
-        curves = plot(panels, columns=1, width=600, height=height)
-        page = Image.new("RGB", (curves.width + 16 + strip.width + 16, max(curves.height, strip.height)), "white")
-        page.paste(curves, (0, 0))
-        page.paste(strip, (curves.width + 16, 0))
-    else:
-        page = plot(panels, columns=1, width=600)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(page, path)
+    """Draw a training run: its curves on the left, at most six of its sample grids on the right."""
+    grids = sorted(folder.glob("grid*.png"), key=lambda grid: (grid.name == "grid.png", grid.name))
+    chosen = np.unique(np.linspace(0, len(grids) - 1, min(6, len(grids))).round().astype(int))
+    curves = plot(run_panels(read_log(folder)), columns=1, width=600, height=440)
+    page = Image.new("RGB", (1200 if grids else 600, max(curves.height, 264 * len(chosen))), "white")
+    page.paste(curves, (0, 0))
+    pen = ImageDraw.Draw(page)
+    for place, i in enumerate(chosen):
+        picture = Image.open(grids[i]).convert("RGB")
+        picture.thumbnail((560, 226))
+        title = grids[i].stem.replace("grid-", "step ")
+        pen.text((620, 264 * place + 24), title, fill="black", font=FONT, anchor="ls")
+        page.paste(picture, (620, 264 * place + 32))
+    page.save(path)
     print(f"wrote {path}")
-    missing = [name for name in ("val_loss", "flipped") if not read_column(rows, name)[0]]
-    if not grids:
-        missing.append("sample grids")
-    if missing:
-        print(f"not in this run, so not in the picture: {', '.join(missing)}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
 
 
 FIGURES = {"fig1": fig1, "fig2": fig2, "fig4": fig4, "table1": table1, "table2": table2}
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", choices=[*FIGURES, "all", "compare", "run"])
-    p.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="compare: two checkpoints; run: a run's folder")
-    p.add_argument("--out", type=Path, help="folder to write to, default runs/paper; run: the PNG, default DIR/run.png")
-    p.add_argument("--n", type=positive, default=300, help="samples a row of fig2 and table1")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="fig2, table1: of training and sampling")
-    p.add_argument("--classes", nargs="+", help="compare: names or indices")
-    p.add_argument("--cfg", type=float, help="compare: guidance; default 1.5, of latents 4")
-    p.add_argument("--steps", type=positive, help="compare: default as in sample.py")
-    args = p.parse_args()
-    n_paths = {"compare": 2, "run": 1}
-    if len(args.paths) != n_paths.get(args.part, 0):
-        p.error("compare takes two checkpoints, run takes one folder, nothing else takes any")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("part", choices=[*FIGURES, "all", "compare", "run"])
+    flag("paths", nargs="*", type=Path, metavar="PATH", help="compare: two checkpoints; run: a run's folder")
+    flag("--out", type=Path, help="folder to write to, default runs/paper; run: the picture, default DIR/run.png")
+    flag("--n", type=int, default=300, help="samples a row of fig2 and table1")
+    flag("--seeds", type=int, nargs="+", default=[0], help="fig2, table1: of training and sampling")
+    flag("--classes", nargs="+", help="compare: names of classes")
+    flag("--cfg", type=float, help="compare: guidance; default 1.5, of latents 4")
+    flag("--steps", type=int, help="compare: default 25, of latents 250")
+    args = parser.parse_args()
+    if len(args.paths) != {"compare": 2, "run": 1}.get(args.part, 0):
+        parser.error("compare takes two checkpoints, run takes one folder, nothing else takes any")
     if args.part == "run":
-        folder = args.paths[0]
-        plot_run(folder, args.out or folder / "run.png")
+        plot_run(args.paths[0], args.out or args.paths[0] / "run.png")
         return
     args.out = args.out or Path("runs/paper")
-    start = time.time()
     for name in FIGURES if args.part == "all" else [args.part]:
         if name == "compare":
             compare(args, args.paths)
         else:
             FIGURES[name](args)
-        print(f"{name}: {time.time() - start:.0f} s so far", flush=True)
 
 
 if __name__ == "__main__":
