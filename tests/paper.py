@@ -54,15 +54,14 @@ def trained(size, seed):
     """-> paths of the full-precision and of the ternary checkpoint. Trainings that are missing come first, and those
     that were stopped go on."""
     paths = []
+    steps = STEPS_OF[size]
     for ending, file in (("-full", "full.pt"), ("", "packed.pt")):
         name = "demo" if size == "tiny" else "paper-small"
-        if seed:
-            ending += f"-seed{seed}"
-        path = Path("runs") / f"{name}{ending}" / file
+        path = Path("runs") / f"{name}{ending}{f'-seed{seed}' if seed else ''}" / file
         log = read_log(path.parent) if (path.parent / "log.csv").is_file() else []
-        if not path.is_file() or (log and int(log[-1]["step"]) < STEPS_OF[size]):
+        if not path.is_file() or (log and int(log[-1]["step"]) < steps):
             command = [sys.executable, ROOT / "train.py", "--compile", "--size", size, "--seed", str(seed),
-                       "--steps", str(STEPS_OF[size]), "--out", path.parent]  # fmt: skip
+                       "--steps", str(steps), "--out", path.parent]  # fmt: skip
             if file == "full.pt":
                 command.append("--full-precision")
             if subprocess.run(command).returncode:
@@ -75,7 +74,7 @@ def quality(model, n, seed, cfg=1.5):
     """-> samples (n, 3, H, W) of the classes in turn; their accuracy and toy FID."""
     y = torch.arange(n) % 10
     x = draw(model, y, seed=seed, cfg_scale=cfg, **DDPM)
-    return x, exam_of(model.config.input_size).quality(x, y)
+    return x, exam_of(x.shape[-1]).quality(x, y)
 
 
 def spread(values, digits):
@@ -241,8 +240,8 @@ def fig1(args):
 def rate_quantizers(n, seed):
     """Full precision, ternary, and all ways to quantize full precision -> rows for sheet, dicts of what was found."""
     full, ternary = trained("tiny", seed)
-    found = [("full precision", 32.0, *quality(load_model(full), n, seed))]
-    found.append(("ternary from the start (TerDiT)", 2.0, *quality(load_model(ternary), n, seed)))
+    found = [("full precision", 32.0, *quality(load_model(full), n, seed)),
+             ("ternary from the start (TerDiT)", 2.0, *quality(load_model(ternary), n, seed))]  # fmt: skip
 
     def calibration(model):
         draw(model, torch.arange(20) % 10, seed=seed + 1000, **DDPM)
@@ -262,8 +261,8 @@ def fig2(args):
     for name in dict.fromkeys(result["name"] for result in results):
         same = [result for result in results if result["name"] == name]
         rows.append([name, f"{same[0]['bits']:.2f}", *quality_columns(same)])
-    columns = ["", "bits a weight", "accuracy, %", "toy FID"]
-    publish(args.out, "fig2", f"Figure 2: {args.n} samples a row, seeds {args.seeds}", columns, rows, results)
+    title = f"Figure 2: {args.n} samples a row, seeds {args.seeds}"
+    publish(args.out, "fig2", title, ["", "bits a weight", "accuracy, %", "toy FID"], rows, results)
     sheet(rated[0][0], args.out / "fig2.png")
 
 
@@ -441,7 +440,8 @@ def plot_run(folder, path):
     for place, i in enumerate(chosen):
         picture = Image.open(grids[i]).convert("RGB")
         picture.thumbnail((560, 226))
-        title = grids[i].stem.replace("grid-", "step ")
+        step = grids[i].stem.removeprefix("grid-")
+        title = f"step {int(step):,}" if step.isdigit() else "at the end"
         pen.text((620, 264 * place + 24), title, fill="black", font=FONT, anchor="ls")
         page.paste(picture, (620, 264 * place + 32))
     page.save(path)
