@@ -49,7 +49,7 @@ def main(argv=None):
     steps = args.steps or (250 if config.vae and sampler != "dpm" else 16)
     options = dict(seed=args.seed, cfg_scale=args.cfg, steps=steps, sampler=sampler,
                    guided_channels=args.guided_channels, guidance_interval=args.guidance_interval)  # fmt: skip
-    print(f"{n} images of the classes {[names[row] for row in classes]!r:.200}")
+    print(f"{n} images of the classes {[names[row] for row in classes[:n]]!r:.200}")
 
     def draw(index, progress):
         """The images of these numbers (m,) -> (m, 3, H, W) fp32 in [-1, 1], on the CPU."""
@@ -65,11 +65,10 @@ def main(argv=None):
             indices = np.array([int(name) for name in names])
         blank = torch.zeros(1, config.in_channels, config.input_size, config.input_size, device=args.device)
         image_shape = to_uint8(decode(vae, blank, config.latent_scale)).shape[1:]
-        crc = 0  # tells these weights from others, wherever their file lies
-        for value in model.state_dict().values():
-            crc = zlib.crc32(value.cpu().contiguous().view(torch.uint8).numpy(), crc)
+        tensors = [value.cpu().contiguous() for value in model.state_dict().values()]
+        weights = sum(zlib.crc32(value.view(torch.uint8).numpy()) for value in tensors)  # wherever their file lies
         settings = options | dict(n=n, classes=classes, batch=args.batch, n_heads=config.n_heads, vae=config.vae,
-                                  dtype=args.dtype, weights=crc)  # fmt: skip
+                                  dtype=args.dtype, weights=weights)  # fmt: skip
         n = sample_npz(args.out, draw, indices[y.numpy()], image_shape, settings)
     else:
         progress = Progress(n)
@@ -81,9 +80,8 @@ def main(argv=None):
 
 def find_checkpoint(path):
     """A run folder of train.py -> its packed.pt or full.pt, whichever is newer. Other paths stay as they are."""
-    path = Path(path)
-    found = [path / name for name in ("packed.pt", "full.pt") if (path / name).is_file()]
-    return max(found, key=os.path.getmtime, default=path)
+    found = [Path(path, name) for name in ("packed.pt", "full.pt") if Path(path, name).is_file()]
+    return max(found, key=os.path.getmtime, default=Path(path))
 
 
 def load(path, args):
@@ -93,12 +91,9 @@ def load(path, args):
     if args.vae and not config.vae:
         raise ValueError(f"--vae {args.vae}: {path} draws pixels, there are no latents to decode")
     config.vae = args.vae or config.vae
-    if args.dtype is None:
-        # Ternary models of latents are large: on a CPU they take int8, if it has instructions for it.
-        wants_int8 = config.ternary and config.vae and cpu_has("avx512_vnni", "avx_vnni")
-        args.dtype = "int8" if wants_int8 else "fp32"
-        if args.device == "cuda":
-            args.dtype = "bf16"
+    # Ternary models of latents are large: on a CPU they take int8, if it has instructions for it.
+    on_cpu = "int8" if config.ternary and config.vae and cpu_has("avx512_vnni", "avx_vnni") else "fp32"
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else on_cpu)
     return in_dtype(model, DTYPES[args.dtype])
 
 
@@ -140,8 +135,8 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=16, sampler="dp
     clip = config.vae is None  # pixels lie in [-1, 1], latents do not
     if sampler == "dpm":
         return diffusion.dpm_sample_loop(model_fn, draw_noise(), clip_denoised=clip)
-    if sampler == "ddim":  # eta = 0: deterministic after the first draw
-        return diffusion.ddim_sample_loop(model_fn, draw_noise(), clip_denoised=clip, noise_fn=torch.zeros_like)
+    if sampler == "ddim":
+        return diffusion.ddim_sample_loop(model_fn, draw_noise(), clip_denoised=clip)
     return diffusion.p_sample_loop(model_fn, draw_noise(), clip_denoised=clip, noise_fn=draw_noise)
 
 
@@ -204,12 +199,13 @@ def report(path, model, args, seconds, n, steps):
     if model.config.ternary:
         kernel = cuda_kernel(next(model.parameters()).device) if args.device == "cuda" else cpu_kernel()
         print(f"products with packed weights in {args.dtype}, kernel.cu {'helps' if kernel else 'is not used'}")
+    status = Path("/proc/self/status")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    elif Path("/proc/self/status").is_file():  # Linux's ru_maxrss starts with the peak of the program that started us
-        peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    codes = sum(buffer.numel() for buffer in model.buffers())
+    elif status.is_file():  # on Linux ru_maxrss starts with the peak of the program that started this one
+        peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    codes = sum(buffer.numel() for buffer in model.buffers())  # bytes
     rest = sum(4 * p.numel() for p in model.parameters())
     print(f"{path}: 2-bit codes {codes / 1e6:.2f} MB, full-precision rest {rest / 1e6:.2f} MB; peak memory "
           f"{peak / 1e6:,.0f} MB; {n} images of {steps} steps in {seconds:.1f} s")  # fmt: skip
@@ -231,8 +227,8 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of the noise (default 0)")
     flag("--batch", type=int, default=100, help="images at a time, of each process (default 100)")
     flag("--out", help="default grid.png or samples.npz")
-    flag("--device", choices=DEVICES, default=DEVICES[0], help=f"default {DEVICES[0]}")
-    flag("--dtype", choices=DTYPES, help="of ternary products; default bf16 on a GPU, int8 for latents on a CPU, or fp32")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="default cuda, if there is one")
+    flag("--dtype", choices=DTYPES, help="of ternary products; default bf16 on a GPU; on a CPU int8 for latents")
     flag("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
     flag("--n-heads", type=int, help="of a released model, if they are not 32")
     args = parser.parse_args(argv)
@@ -281,6 +277,7 @@ class Rows:
         mode = "r+" if os.access(folder / "x.npy", os.W_OK) else "r"  # a finished cache may be someone else's
         try:
             self.header = json.loads((folder / "header.json").read_text())
+            np.load(folder / "x.npy", mmap_mode="r")  # in mode r+, numpy fills a file that was cut short with zeros
             self.x = np.load(folder / "x.npy", mmap_mode=mode)
             self.status = np.load(folder / "status.npy", mmap_mode=mode)
         except (OSError, ValueError, EOFError) as e:
@@ -288,8 +285,9 @@ class Rows:
         for name, here in wanted.items():
             theirs = self.header.get(name)
             if theirs != here:
+                moved = "; a VAE that has moved is not needed for latents that are there" if name == "vae" else ""
                 raise ValueError(f"{folder} was made with {name}={theirs!r:.99}, this command says {here!r:.99}: say "
-                                 "the same, delete that folder, or take another --out")  # fmt: skip
+                                 f"the same{moved}; or take another --out, or delete that folder")  # fmt: skip
 
     def missing(self, size):
         """Numbers of the rows that are missing, in parts that start at multiples of `size`, for all processes."""
@@ -305,7 +303,7 @@ class Rows:
 
 
 def load_vae(name, device):
-    """The VAE between images and latents; `name` is a diffusers model or a local folder. ValueError: it is no VAE."""
+    """The VAE between images and latents, a diffusers model or a local folder. ValueError: it is none, or not whole."""
     try:
         from diffusers import AutoencoderKL
 
@@ -318,11 +316,10 @@ def load_vae(name, device):
     except Exception as e:  # diffusers and its hub raise errors of many kinds
         raise ValueError(f"the VAE {name} cannot be loaded ({first_line(e)}). If its folder has moved, name it with "
                          "--vae; latents that are in a cache need no VAE") from None  # fmt: skip
-    lacking = [*info["missing_keys"], *info["mismatched_keys"]]
-    if lacking:
-        raise ValueError(f"the VAE {name} is not whole: it lacks {lacking[0]}")
+    if info["missing_keys"]:
+        raise ValueError(f"the VAE {name} is not whole: it lacks {min(info['missing_keys'])}")
     if getattr(vae.config, "shift_factor", None):
-        raise ValueError(f"the VAE {name} shifts its latents (shift_factor), which our Config does not store")
+        raise ValueError(f"the VAE {name} shifts its latents (shift_factor): our Config has no place for it")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -409,8 +406,7 @@ def locked(folder):
 
 
 class Progress:
-    """Count the images that are done of `total`, fractions allowed, and show the rate and the time left: on a terminal
-    in one line that changes, elsewhere in a line every 15 seconds."""
+    """Count the images that are done of `total`, and show rate and time left: on a terminal, or a line every 15 s."""
 
     def __init__(self, total):
         self.total = total
@@ -426,8 +422,8 @@ class Progress:
         if ranks()[0] > 0 or (not is_last and now - self.shown < (0.5 if live else 15)):
             return
         self.shown = now
-        left = timedelta(seconds=int((now - self.start) / self.done * (self.total - self.done)))
         rate = self.done / (now - self.start)
+        left = timedelta(seconds=int((self.total - self.done) / rate))
         line = f"{what}: {self.done / self.total:.1%}, {rate:.3g} images/s, {left} left"
         with suppress(OSError):  # the terminal may be closed
             line = f"\r{line:<100}" if live else line

@@ -636,7 +636,7 @@ class GaussianDiffusion:
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Packing: four weights in a byte
 
-SMALL_ROWS = 16  # up to so many rows of x, reading the weights takes most of the time
+SMALL_ROWS = 8  # up to so many rows of x, reading the weights takes most of the time
 
 
 def pack_ternary(codes):
@@ -680,10 +680,11 @@ def packed_linear_plain(x, weight, alphas, bias):
 class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
-    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. product_dtype is set by in_dtype.
+    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. in_dtype sets the other two.
     """
 
     product_dtype = torch.float32
+    most_small_rows = SMALL_ROWS
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
@@ -696,15 +697,15 @@ class PackedTernaryLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or self.alphas.requires_grad):
             y = packed_linear_plain(rows, self.weight, self.alphas, self.bias)  # only the plain form has a gradient
         else:
-            y = packed_linear(rows, self.weight, self.alphas, self.bias, self.product_dtype)
+            y = packed_linear(rows, self.weight, self.alphas, self.bias, self.product_dtype, self.most_small_rows)
         return y.unflatten(0, x.shape[:-1])
 
 
-def packed_linear(x, weight, alphas, bias, dtype):
+def packed_linear(x, weight, alphas, bias, dtype, most_small_rows=SMALL_ROWS):
     """packed_linear_plain for x (M, K) in the fastest way that there is for this device and product dtype -> (M, N):
 
         a GPU, bf16            kernel.cu multiplies by the packed bytes (section 8) -> bf16
-        a CPU, up to 16 rows   small_rows: exact, faster than dense bf16 (section 6) -> fp32; adaLN: one row an image
+        a CPU, few rows        small_rows: exact, faster than dense bf16 (section 6) -> fp32; adaLN: one row an image
         int8                   int8_linear: x is rounded, the sums are exact (section 6) -> bf16
         all else               packed_linear_plain, which unpacks at every call -> dtype
     """
@@ -715,7 +716,7 @@ def packed_linear(x, weight, alphas, bias, dtype):
     if x.is_cuda and dtype == torch.bfloat16 and cuda_kernel(x.device):
         bias = None if bias is None else bias.to(dtype)
         return launch_kernel(cuda_kernel(x.device), x.to(dtype), weight, alphas, bias)
-    if x.device.type == "cpu" and len(x) <= SMALL_ROWS and cpu_kernel():
+    if x.device.type == "cpu" and len(x) <= most_small_rows and cpu_kernel():
         return small_rows(x, weight, alphas, bias)
     if dtype == torch.int8:
         return int8_linear(x, weight, alphas, bias)
@@ -741,18 +742,17 @@ def pack_model(model):
 def in_dtype(model, dtype):
     """Set the dtype of the products with packed weights: fp32, bf16 or int8. -> the model
 
-    All else stays in fp32, as in training. With int8 the adaLN projections do, too: they steer whole blocks, and would
-    cause most of int8's error. A full-precision model is in dtype as a whole.
-    """
+    All else stays in fp32. So do adaLN's projections on a CPU, and with int8: they steer whole blocks, and would cause
+    most of int8's error. A full-precision model is in dtype as a whole."""
     if not model.config.ternary:
         if dtype == torch.int8:
             raise ValueError("int8 is for ternary weights, this checkpoint is in full precision")
         return model.to(dtype)
     for name, module in model.named_modules():
         if isinstance(module, PackedTernaryLinear):
-            module.product_dtype = dtype
-            if dtype == torch.int8 and "adaLN_modulation" in name:
-                module.product_dtype = torch.float32
+            is_adaln = "adaLN_modulation" in name
+            module.product_dtype = torch.float32 if is_adaln and dtype == torch.int8 else dtype
+            module.most_small_rows = 1 << 30 if is_adaln else SMALL_ROWS
     return model
 
 
@@ -981,8 +981,8 @@ KERNELS = ("auto", "naive", "small_batch", "mma", "wgmma")  # in the order of ke
 
 # (kernel, tokens of its tile, M, N, K) for check_kernels: every tile, with remainders where it may get some.
 CHECKS = (("naive", 0, 3, 20, 7), ("small_batch", 0, 3, 64, 592), ("small_batch", 0, 13, 64, 592),
-          ("mma", 32, 33, 160, 400), ("mma", 64, 40, 160, 400), ("mma", 128, 100, 160, 400),
-          ("wgmma", 64, 40, 160, 656), ("wgmma", 128, 120, 160, 656))  # fmt: skip
+          ("mma", 32, 33, 160, 336), ("mma", 64, 70, 160, 336), ("mma", 128, 130, 160, 336),
+          ("wgmma", 64, 70, 160, 752), ("wgmma", 128, 130, 288, 752))  # fmt: skip
 
 
 @lru_cache(maxsize=None)

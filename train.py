@@ -34,9 +34,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sample import DEVICES, MISSING, THERE, UNUSABLE, Progress, Rows, barrier, cpu_has, create_rows, decode
+from sample import DEVICES, THERE, UNUSABLE, Progress, Rows, barrier, cpu_has, create_rows, decode
 from sample import find_checkpoint, from_rank_0, generator, init_distributed, load_vae, locked, ranks
 from sample import run_main, sample_latents, save_grid
 from terdit import SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion, PackedTernaryLinear, TernaryLinear, atomic_write
@@ -119,28 +120,31 @@ def parse_args(argv=None):
 
 
 def make_settings(given, base, saved):
-    """-> TrainConfig: defaults, then the recipe of base's size, what --init, --data and a state say, and the command."""
+    """-> TrainConfig: its defaults, then the recipe of base's size, then --init, --data, the state, the command."""
     values = dict(size="B")  # a shape without a name gets the paper's recipe
     for name, shape in SIZES.items():
         if (base.dim, base.n_layers) == (shape["dim"], shape["n_layers"]):
             values = dict(size=name) | RECIPES.get(name, {})
-    vae = given.get("vae")
     if "init" in given:
         values |= dict(image_size=base.input_size, qk_norm=base.qk_norm)
         if base.ternary != given.get("full_precision", False):
             values["adaln_norm"] = base.adaln_norm
         if base.vae and "data" not in given:
             raise ValueError(f"--init {given['init']} works on latents of {base.vae}: add --data and --vae")
-    if vae:
-        values |= dict(image_size=256, grid=0)  # on a CPU a VAE takes seconds to decode an image
+    if "vae" in given:
+        values["image_size"] = 256
     if is_cache(given.get("data")):
         header = Rows(Path(given["data"]), {}).header
-        values |= dict(vae=header["vae"], image_size=header["image_size"], grid=0)
+        values |= dict(vae=header["vae"], image_size=header["image_size"])
     settings = TrainConfig(**values | saved | given)
+    if settings.vae and "grid" not in given:
+        settings.grid = 0  # a VAE takes seconds to decode an image on a CPU
     if settings.vae and os.path.isdir(settings.vae):
         settings.vae = os.path.realpath(settings.vae)  # the checkpoint names it, and is sampled from other folders
-    if settings.dtype is None:
-        settings.dtype = "bf16" if bf16_is_fast(settings.device) else "fp32"
+    multiplies_bf16 = cpu_has("avx512_bf16", "amx_bf16")
+    if settings.device == "cuda":
+        multiplies_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    settings.dtype = settings.dtype or ("bf16" if multiplies_bf16 else "fp32")
     return settings
 
 
@@ -171,8 +175,7 @@ def setup(given):
         if rank == 0:
             init = load_model(find_checkpoint(given["init"]))
         base = from_rank_0(init and init.config)
-    # Other micro-batches, or another dtype, would round differently.
-    kept = {name: state["run"][name] for name in ("micro_batch", "dtype")} if state else {}
+    kept = {name: state["run"][name] for name in ("micro_batch", "dtype")} if state else {}  # others round differently
     settings = make_settings(given, base, kept)
     if settings.batch % world:
         raise ValueError(f"--batch {settings.batch} does not split evenly over {world} processes")
@@ -180,8 +183,11 @@ def setup(given):
     # What can be wrong is found before images are read, which may take hours.
     cache = open_cache(settings, base) if settings.data else None
     config = model_config(settings, base, cache)
-    if not settings.micro_batch:
-        settings.micro_batch = from_rank_0(choose_micro_batch(config, settings) if rank == 0 else None)
+    settings.micro_batch = settings.micro_batch or from_rank_0(choose_micro_batch(config, settings))
+    has = dict(teacher=settings.teacher is not None, images=len(cache.status) if cache else None)
+    description = asdict(settings) | asdict(config) | has
+    if state:
+        check_resumed(state["run"], description)
     torch.manual_seed(settings.seed)
     with torch.device("cpu" if rank == 0 else "meta"):  # the others get their weights from rank 0
         model = DiT(config)
@@ -198,14 +204,15 @@ def setup(given):
         frozen = teacher.layers if teacher and not teacher.config.ternary else []
         for block in [*model.layers, *frozen]:
             block.compile(dynamic=False)
-    run = Run(settings, data, model, ema, teacher)
+    run = Run(settings, description, data, model, ema, teacher)
     if state:
-        load_state(run, state)
+        fill_tensors(run_tensors(run), state["tensors"])
+        run.step = state["step"]
     if settings.fresh and rank == 0:  # only now, after all checks: a wrong command must not delete states
         for old in states(settings.out):
             old.unlink()
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{n_params / 1e6:.2f}M parameters, {len(data.train_index)} images of {settings.image_size} pixels, steps "
+    n_params = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{n_params:.2f}M parameters, {len(data.train_index)} images of {settings.image_size} pixels, steps "
           f"{run.step}-{settings.steps} of {settings.batch} images, {settings.micro_batch} at a time, {world} x "
           f"{settings.device} {settings.dtype}, in {settings.out}", flush=True)  # fmt: skip
     return run
@@ -214,8 +221,8 @@ def setup(given):
 def model_config(settings, base, cache):
     """The Config of the model: `base` with the classes and the shape of the images. cache=None: of the digits."""
     header = cache.header if cache else dict(class_names=[str(i) for i in range(10)])
-    channels, height, _ = cache.x.shape[2:] if cache else (3, settings.image_size, settings.image_size)
     names = header["class_names"]
+    channels, height, _ = cache.x.shape[2:] if cache else (3, settings.image_size, settings.image_size)
     ternary = not settings.full_precision
     return replace(base, ternary=ternary, adaln_norm=settings.adaln_norm and ternary, qk_norm=settings.qk_norm,
                    in_channels=channels, input_size=height, num_classes=len(names), class_names=names,
@@ -225,8 +232,9 @@ def model_config(settings, base, cache):
 class Run:
     """What a step of training reads and changes."""
 
-    def __init__(self, settings, data, model, ema, teacher):
+    def __init__(self, settings, description, data, model, ema, teacher):
         self.settings = settings
+        self.description = description  # what a state says of its run
         self.data = data
         self.model = model
         self.ema = ema  # the averaged model, which is validated, drawn and saved in model_path
@@ -265,7 +273,8 @@ def train(run):
     if stopped and run.step < settings.steps:
         print(f"stopped at step {run.step}, saved in {settings.out}; the same command (without --fresh) goes on")
         sys.exit(128 + (stop.received or signal.SIGTERM))
-    print(f"{run.model_path}: {run.model_path.stat().st_size / 1e6:.2f} MB, step {run.step}")
+    if ranks()[0] == 0:
+        print(f"{run.model_path}: {run.model_path.stat().st_size / 1e6:.2f} MB, step {run.step}")
 
 
 @dataclass
@@ -318,27 +327,26 @@ def autocast_losses(run, model, batch, teacher=None):
 def validate(run):
     """Loss of the averaged model on the images held out, with the same timesteps and noise each time."""
     x0, y = (z[: 4 * run.settings.batch] for z in run.data.held_out)
-    n = len(y)
-    t = torch.arange(n) * 1000 // n
+    t = torch.arange(len(y)) * 1000 // len(y)
     noise = torch.randn(x0.shape, generator=generator(run.settings.seed, 3))
     total = 0.0
     for part in Batch(x0, t, y, noise).split(run.settings.micro_batch, run.settings.device):
         total += autocast_losses(run, run.ema, part)["loss"].sum().item()
     if ranks()[1] > 1:
         run.ema.reshard()  # FSDP keeps some of it whole after a forward pass
-    return total / n
+    return total / len(y)
 
 
 def draw_grid(run, name):
     """A sheet of samples of the file that was just saved, the classes in turn (the first ten of more)."""
     settings = run.settings
-    n = settings.grid
     model = load_model(run.model_path, settings.device)
     config = model.config
     n_classes = min(10, config.num_classes)
-    x = sample_latents(model, torch.arange(n) % n_classes, torch.arange(n), settings.seed)
+    index = torch.arange(settings.grid)
+    x = sample_latents(model, index % n_classes, index, settings.seed)
     vae = load_vae(config.vae, settings.device) if config.vae else None
-    save_grid(decode(vae, x, config.latent_scale), min(n, n_classes), Path(settings.out) / name)
+    save_grid(decode(vae, x, config.latent_scale), min(settings.grid, n_classes), Path(settings.out) / name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,16 +376,12 @@ def draw_batch(run, step):
     n = run.settings.batch
     n_images = len(data.train_index)
     rng = generator(seed, 1, step)
-    places = []
-    for position in range(step * n, (step + 1) * n):
-        epoch, place = divmod(position, n_images)
-        places.append(int(epoch_order(seed, epoch, n_images)[place]))
+    places = [int(epoch_order(seed, i // n_images, n_images)[i % n_images]) for i in range(step * n, (step + 1) * n)]
     index = data.train_index[places]
     flip = torch.rand(n, generator=rng) < 0.5 if data.mirror else torch.zeros(n, dtype=torch.bool)
     drop = torch.rand(n, generator=rng) < run.model.config.class_dropout_prob
     t = draw_timesteps(n, run.diffusion, rng)
     noise = torch.randn((n, *data.x.shape[2:]), generator=rng)
-
     rank, world = ranks()
     index, flip, drop, t, noise = (z.chunk(world)[rank] for z in (index, flip, drop, t, noise))
     x0, labels = data.read(index, flip)
@@ -386,11 +390,9 @@ def draw_batch(run, step):
 
 def draw_timesteps(n, diffusion, rng):
     """t (n,). For eps: uniform, as in the paper. For v: logSNR ~ N(-2, 2.5), and one in twenty uniform.
-
     Most then fall between t = 200 and 800, where a picture's layout is decided; a nearly clean image, or one of nearly
     pure noise, teaches little. A short training has no time to spend on them. Image i draws its quantile between i / n
-    and (i + 1) / n. So each of several processes, which take slices of the batch, gets one range of noise levels.
-    """
+    and (i + 1) / n. So each of several processes, which take slices of the batch, gets one range of noise levels."""
     if diffusion.prediction == "eps":
         return torch.randint(1000, (n,), generator=rng)
     quantile = (torch.arange(n) + torch.rand(n, generator=rng)) / n  # spread evenly over the batch
@@ -400,13 +402,12 @@ def draw_timesteps(n, diffusion, rng):
 
 
 def find_timesteps(log_snr, diffusion):
-    """The last timestep at which log(alphas_cumprod / (1 - alphas_cumprod)) is at least log_snr (n,), else 0 -> (n,)
-
+    """The last timestep at which log(alphas_cumprod / (1 - alphas_cumprod)) is at least log_snr (n,), or 0 -> (n,)
     >>> find_timesteps(torch.tensor([10.0, 3.0, -2.0, -7.0, -12.0], dtype=torch.float64), GaussianDiffusion()).tolist()
+    [0, 64, 455, 830, 999]
     """
     table = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))
-    # The table falls as t grows, so flipped it rises. n_noisier timesteps have a lower logSNR than is wanted. They are
-    # t = 999, 998, ..., so the wanted one is the next: 999 - n_noisier.
+    # The table falls, so flipped it rises. n_noisier timesteps lie below log_snr: 999, 998, ... The next is wanted.
     n_noisier = torch.searchsorted(table.flip(0).contiguous(), log_snr)
     return 999 - n_noisier.clamp(max=999)
 
@@ -416,12 +417,9 @@ def find_timesteps(log_snr, diffusion):
 
 
 def make_optimizer(model, settings):
-    """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer.
-
-    Decay shrinks the blocks' matrices. Scaling a whole matrix leaves its ternary codes as they are, so the output does
-    not change. But the smaller the latent weights are, the fewer steps a code takes to flip: with decay, codes go on
-    flipping until the learning rate falls.
-    """
+    """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer. Decay shrinks the blocks' matrices.
+    Scaling a whole matrix leaves its ternary codes as they are, so the output does not change. But the smaller the
+    latent weights are, the fewer steps a code takes to flip: with decay, codes go on flipping until the rate falls."""
     alphas = dict(params=[], lr_scale=0.2, decayed=False)
     matrices = dict(params=[], lr_scale=1.0, decayed=True)
     others = dict(params=[], lr_scale=1.0, decayed=False)
@@ -443,17 +441,14 @@ def make_optimizer(model, settings):
 
 @torch.no_grad()
 def update_average(run):
-    """The exported weights: an exponential moving average of the latent weights, ternarized after averaging.
-
+    """The exported weights: an exponential moving average of the latent weights, which is ternarized afterwards.
     Its decay grows as (1 + step) / (10 + step) up to ema_decay. With the full decay from the start, a short run would
-    export mostly the random weights that it started from. So a short run averages over about its last ninth; a long one
-    over 1 / (1 - ema_decay) steps, in images, for the 600M model and for the demo:
+    export mostly the random weights that it started from. 1 - decay is 9 / (10 + step), so a short run averages over
+    about its last ninth. A long one averages over 1 / (1 - ema_decay) steps. In images, for 600M and for the demo:
     >>> round(256 / (1 - 0.9999)), round(16 / (1 - 0.995))
     (2560000, 3200)
     """
-    decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step))
-    if run.step == 0:
-        decay = 0.0
+    decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step)) if run.step else 0.0
     for averaged, p in zip(run.ema.parameters(), run.model.parameters()):
         averaged.lerp_(p, 1 - decay)
 
@@ -470,13 +465,6 @@ def set_learning_rate(optimizer, settings, step):
     return lr
 
 
-def bf16_is_fast(device):
-    """Whether the hardware multiplies bf16 itself."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return cpu_has("avx512_bf16", "amx_bf16")
-
-
 def can_compile(device):
     """Try torch.compile on something small: it needs a C++ compiler and Python's headers, or Triton on a GPU."""
     try:
@@ -488,16 +476,25 @@ def can_compile(device):
 
 
 def choose_micro_batch(config, settings):
-    """The most images at a time that fit in memory. ValueError: not even one does."""
+    """The most images at a time that fit in memory, by memory_needed. ValueError: not even one does."""
     share = settings.batch // ranks()[1]
-    fixed, image = memory_needed(config, settings.dtype, settings.device, ranks()[1])
+    if settings.device == "cpu" and config.dim > SIZES["small"]["dim"]:
+        share = min(share, 4)  # so that the progress line moves every few seconds
+    meminfo = Path("/proc/meminfo")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of the container
     if settings.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
+    elif not meminfo.is_file():  # macOS: all that there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        free = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if config.dim > SIZES["small"]["dim"]:
-            share = min(share, 4)  # so that the progress line moves every few seconds
-    for n in (16, 8, 4, 2, 1):
+        free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+        if limit.is_file() and limit.read_text().strip().isdigit():
+            used = int(limit.with_name("memory.current").read_text())
+            cached = limit.with_name("memory.stat").read_text().split("inactive_file")[1].split()[0]  # can be dropped
+            free = min(free, int(limit.read_text()) - used + int(cached))
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fixed, image = memory_needed(config, settings.dtype, settings.device, ranks()[1])
+    for n in (min(share, 16), 8, 4, 2, 1):
         if n <= share and fixed + n * image < free:
             return n
     raise ValueError(f"this run needs {(fixed + image) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: take more GPUs "
@@ -505,30 +502,23 @@ def choose_micro_batch(config, settings):
 
 
 def memory_needed(config, dtype, device, world=1):
-    """-> bytes that a process holds whatever the micro-batch, and bytes more for each of its images. 25% off is fine.
+    """-> bytes that a process holds whatever the micro-batch, and bytes more for each of its images.
+    The 600M model on a CPU in bf16: 20 bytes for each of 0.61 billion parameters are 12.2 GB (fp32 weights, gradients,
+    AdamW's two moments and averages, which processes share). int8 codes and bf16 weights, kept for the backward pass,
+    are 1.8 GB. An image is 16 blocks of 256 tokens of 140 kB: 0.57 GB. malloc keeps some of what is freed, so all is
+    taken by 1.1: measured are 16.1 GB at 1 image and 18.1 GB at 4.
+    >>> [round(n_bytes / 1e9, 2) for n_bytes in memory_needed(Config(**SIZES["600M"]), "bf16", "cpu")]
+    [15.43, 0.63]
     """
     with torch.device("meta"):
         n_params = sum(p.numel() for p in DiT(config).parameters())
     value = 2 if dtype == "bf16" else 4
     fixed = 20 * n_params / world + (1 + value) * n_params
-    token = (16 + 11 * value) * config.dim + 4 * value * config.ffn_dim
+    # The fp32 residual stream; q, k, v, inputs and outputs of the matmuls; the same of the FFN.
+    token = 16 * config.dim + 11 * value * config.dim + 4 * value * config.ffn_dim
     if device == "cpu":
         token += (4 + value) * config.n_heads * config.n_tokens  # softmax_attention keeps its scores
-    return 1.2 * fixed, 1.2 * config.n_layers * config.n_tokens * token
-
-
-def free_memory():
-    """Bytes that can still be taken of the machine and its container."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():  # macOS: all that there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        used = int(limit.with_name("memory.current").read_text())
-        cached = int(limit.with_name("memory.stat").read_text().split("inactive_file")[1].split()[0])  # can be dropped
-        free = min(free, int(limit.read_text()) - used + cached)
-    return free
+    return 1.1 * fixed, 1.1 * config.n_layers * config.n_tokens * token
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -553,8 +543,6 @@ def shard_model(model, device):
     that packing will make. Of weights gathered in bf16 (MixedPrecisionPolicy), some would round to other codes."""
     if not dist.is_initialized():
         return model.to(device)
-    from torch.distributed.fsdp import fully_shard
-
     weights = model.state_dict()
     mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
     model.to("meta")
@@ -604,10 +592,16 @@ def run_tensors(run):
     return tensors
 
 
-def describe(run):
-    """Settings and Config of a run. A resumed run needs those again that COMPARED names."""
-    has = dict(teacher=run.teacher is not None, images=len(run.data.train_index))
-    return asdict(run.settings) | asdict(run.model.config) | has
+def check_resumed(theirs, ours):
+    """Compare what a state and the command say of their runs; --init need not be the same. ValueError: they differ."""
+    for name in [*COMPARED, *(f.name for f in fields(Config))]:
+        if theirs[name] != ours[name]:
+            raise ValueError(f"{ours['out']} was trained with {name}={theirs[name]!r:.99}, this command says "
+                             f"{ours[name]!r:.99}: use the same, another --out, or --fresh")  # fmt: skip
+    if theirs["steps"] != ours["steps"]:
+        print(f"note: planned for {theirs['steps']} steps before, now {ours['steps']}: the learning rate follows")
+    if ours["init"]:
+        print(f"note: {ours['out']} goes on from its own state, --init {ours['init']} is not read again")
 
 
 def save_state(run):
@@ -626,7 +620,7 @@ def save_state(run):
         model.load_state_dict(averages, assign=True)
         # The model first: after a kill in between, the state before it makes the same model again.
         save_checkpoint(run.model_path, pack_model(model) if model.config.ternary else model)
-        state = dict(format=STATE, step=run.step, run=describe(run), tensors=tensors)
+        state = dict(format=STATE, step=run.step, run=run.description, tensors=tensors)
         out = Path(run.settings.out)
         atomic_write(out / f"state-{run.step:07d}.pt", lambda file: torch.save(state, file))
         for old in [*states(out)[:-2], *out.glob("state-*.tmp")]:
@@ -639,34 +633,15 @@ def read_state(out):
     state = None
     if ranks()[0] == 0 and states(out):
         path = states(out)[-1]
-        expected = f"a state of this train.py (format {STATE!r})"
-        try:
-            state = read_checkpoint(path, expected, mmap=True)
-            if not isinstance(state, dict) or state.get("format") != STATE:
-                raise ValueError(f"{path}: not {expected}")
-        except ValueError as e:
-            raise ValueError(f"{e}. Delete it to go on from the one before, or --fresh") from None
+        expected = f"a state of this train.py ({STATE}; delete it to go on from the one before)"
+        state = read_checkpoint(path, expected, mmap=True)
+        if state.get("format") != STATE:
+            raise ValueError(f"{path}: not {expected}")
     elif ranks()[0] == 0 and list(Path(out).glob("state-*/run.json")):
         raise ValueError(f"{out} holds states of an older train.py, which this one cannot read: go on with that one, "
                          "delete the folders state-*, or take another --out")  # fmt: skip
     without_tensors = from_rank_0(state and state | dict(tensors=None))
     return state or without_tensors
-
-
-def load_state(run, state):
-    """Fill the run from a state that any number of processes wrote. ValueError: it is of another run."""
-    settings = run.settings
-    theirs = state["run"]
-    for name, here in describe(run).items():
-        if (name in COMPARED or hasattr(run.model.config, name)) and theirs.get(name) != here:
-            raise ValueError(f"{settings.out} was trained with {name}={theirs.get(name)!r:.99}, this command says "
-                             f"{here!r:.99}: use the same, another --out, or --fresh")  # fmt: skip
-    if theirs["steps"] != settings.steps:
-        print(f"note: planned for {theirs['steps']} steps before, now {settings.steps}: the learning rate follows")
-    if settings.init:
-        print(f"note: {settings.out} goes on from its own state, --init {settings.init} is not read again")
-    fill_tensors(run_tensors(run), state["tensors"])
-    run.step = state["step"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -739,8 +714,7 @@ def sample_codes(model):
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM and a closed terminal are remembered when they come, and looked at once a step, by all processes
-    together. A second one ends the program at once."""
+    """Ctrl-C, SIGTERM, a closed terminal: noted, and looked at once a step by all processes. A second one ends it."""
 
     def __init__(self):
         self.received = 0  # the signal's number
@@ -768,9 +742,8 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 def label_rows(their_names, our_names):
-    """For each row of our label table the row of theirs, or None: the classes are not the same. They are the same if
-    they have the same names, or if ours are ImageNet's 1,000 folders (n01440764, ...), which in sorted order have the
-    indices 0 to 999 that name the classes of a released model."""
+    """For each row of our label table the row of theirs, or None: the classes are not the same. In sorted order
+    ImageNet's 1,000 folders (n01440764, ...) are the indices 0 to 999 that name the classes of a released model."""
     theirs = [unicodedata.normalize("NFC", name) for name in their_names or []]
     ours = our_names
     if theirs != ours and len(ours) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ours):
@@ -781,14 +754,18 @@ def label_rows(their_names, our_names):
     return [*rows, len(rows)]  # the last row is the null label
 
 
+def require_same(flag, theirs, ours, names):
+    for name in names:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise ValueError(f"{flag} has {name}={getattr(theirs, name)!r}, this run {getattr(ours, name)!r}")
+
+
 @torch.no_grad()
 def init_from(model, source, path):
     """Copy the weights of the model `source`, loaded from `path`, into a fresh model of the same shape.
-
-    Codes become latent weights of +-|alpha| and 0, which round back to them. From full precision alphas start at
-    mean|W|, and the paper's RMS Norm gets the gain that keeps the size of the adaLN outputs, at 50 timesteps. If the
-    classes are others, the label table stays new.
-    """
+    Codes become latent weights of +-|alpha| and 0, which round back to them. From full precision alphas start at mean|W|,
+    and the RMS Norm's gain keeps the size of the adaLN outputs, at 50 timesteps. Other classes get a new label table."""
+    require_same(f"--init {path}", source.config, model.config, ["in_channels"])
     ours = model.state_dict()
     theirs = source.state_dict()
     for name, module in source.named_modules():
@@ -816,17 +793,10 @@ def init_from(model, source, path):
 
 
 def load_teacher(settings, config):
-    """-> the model of --teacher in eval mode, on the device, its label table in our order. Each process has the whole of
-    it, because it needs no gradients. ValueError: its outputs are not the student's."""
+    """-> the model of --teacher in eval mode, its label table in our order. Each process has the whole of it."""
     teacher = load_model(from_rank_0(find_checkpoint(settings.teacher)))
-    names = ["prediction", "in_channels", "input_size", "learn_sigma"]
-    if config.vae:
-        names.append("latent_scale")
-    for name in names:
-        theirs = getattr(teacher.config, name)
-        ours = getattr(config, name)
-        if theirs != ours:
-            raise ValueError(f"--teacher {settings.teacher} has {name}={theirs!r}, the student {ours!r}")
+    names = ["prediction", "in_channels", "input_size", "learn_sigma"] + (["latent_scale"] if config.vae else [])
+    require_same(f"--teacher {settings.teacher}", teacher.config, config, names)
     rows = label_rows(teacher.config.class_names, config.class_names)
     if rows is None:
         raise ValueError(f"--teacher {settings.teacher} has the classes {teacher.config.class_names!r:.99}, --data "
@@ -838,7 +808,7 @@ def load_teacher(settings, config):
         return in_dtype(teacher, torch.bfloat16)
     for p in teacher.layers.parameters():
         if settings.dtype == "bf16" and p.ndim == 2:
-            p.data = p.data.bfloat16()  # autocast would do so at every step; norms and the residual stream stay in fp32
+            p.data = p.data.bfloat16()  # autocast would do so at every step. Norms stay in fp32.
     return teacher
 
 
@@ -874,9 +844,8 @@ def load_digits(settings):
 
 
 def digits(n, size=24, seed=0):
-    """The embedded data set: n bright digits on dark gradients, the same for the same seed. -> images (n, 3, size, size)
-    float32 in [-1, 1], labels (n,) int64. Turn, slant, size, weight, place and colours vary, but all are centred and
-    bright on dark: a small model learns them in minutes."""
+    """The embedded data set, a function of the seed -> images (n, 3, size, size) fp32 in [-1, 1], labels (n,) int64.
+    All are centred and bright on dark: a small model learns them in minutes."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n)
     images = np.empty((n, size, size, 3), np.float32)
@@ -898,7 +867,6 @@ def draw_digit(digit, size, rng):
     affine = (*to_source[0], offset[0], *to_source[1], offset[1])
     ink = source.transform((large, large), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR).reduce(4)
     ink = np.asarray(ink, np.float32)[..., None] / 255  # (H, W, 1)
-
     colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.3, 1), 1))
     dark1 = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(), rng.uniform(0.05, 0.35)))
     dark2 = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(), rng.uniform(0.05, 0.35)))
@@ -932,9 +900,8 @@ def open_cache(settings, base):
     wanted = dict(vae=settings.vae, image_size=settings.image_size)
     cache = Path(settings.data)
     if not is_cache(cache):
-        folder = cache.resolve()
+        wanted["source"] = str(cache.resolve())
         cache = Path(settings.out) / f"{'latents' if settings.vae else 'images'}-{settings.image_size}"
-        wanted["source"] = str(folder)
     if ranks()[0] == 0 and not is_cache(cache):
         size = settings.image_size
         vae = load_vae(settings.vae, settings.device) if settings.vae else None
@@ -944,7 +911,7 @@ def open_cache(settings, base):
         if comes_back.shape[-1] != size:
             raise ValueError(f"--image-size {size}: the VAE {settings.vae} gives back {comes_back.shape[-1]} pixels")
         replace(base, in_channels=row.shape[1], input_size=row.shape[2])  # refuses what does not split into patches
-        names, files = list_images(folder, Path(settings.out).resolve())
+        names, files = list_images(Path(wanted["source"]), Path(settings.out).resolve())
         header = wanted | dict(latent_scale=scale, class_names=names, files=files)
         create_rows(cache, header, len(files), row.shape, row.dtype)
     barrier()
@@ -952,8 +919,7 @@ def open_cache(settings, base):
 
 
 def load_images(settings, rows):
-    """Fill the cache, if it is not full yet -> Data. One image in 100 is held out, at most 256, but never a class's last
-    one."""
+    """Fill the cache -> Data. One image in 100 is held out, at most 256, but never a class's last one."""
     fill_cache(settings, rows)
     names = rows.header["class_names"]
     labels = np.array([label for _, label in rows.header["files"]])
@@ -978,9 +944,8 @@ def load_images(settings, rows):
 
 def fill_cache(settings, rows):
     """Put each image through `encode`, once. A stopped run goes on where it was. Processes share the work."""
-    rank, world = ranks()
     size = settings.image_size
-    own = rows.missing(16)[rank::world]
+    own = rows.missing(16)[ranks()[0] :: ranks()[1]]
     vae = load_vae(settings.vae, settings.device) if own and settings.vae else None
     progress = Progress(sum(len(part) for part in own))
     with ThreadPoolExecutor(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1) as pool:
@@ -996,9 +961,8 @@ def fill_cache(settings, rows):
 
 
 def encode(vae, images, names):
-    """Images (n, 3, H, W) uint8, whose files are `names` -> rows of the cache: the images themselves, (n, 1, 3, H, W), or
-    with a VAE scaled latents, plain and mirrored, (n, 2, C, h, w) fp16. They are the means of the VAE's posteriors, not
-    draws from them as in DiT."""
+    """Images (n, 3, H, W) uint8 of the files `names` -> rows of the cache: the images, (n, 1, 3, H, W), or with a VAE
+    scaled latents, plain and mirrored, (n, 2, C, h, w) fp16: means of the VAE's posteriors, not draws as in DiT."""
     if vae is None:
         return images[:, None]
     both = np.stack([images, images[..., ::-1]], axis=1)  # (n, 2, 3, H, W): as they are, and mirrored
@@ -1016,15 +980,19 @@ def list_images(folder, out):
     Two ways to write a name (é or e + accent) are one class: names are in Unicode's form NFC, which keyboards type."""
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
-    endings = Image.registered_extensions()
+
+    def stop(error):
+        raise error  # os.walk would leave out a folder that it cannot list
+
+    ours = {out, *out.parents} if out else {}  # a run folder within --data holds grids, no class
     files = []  # path within the folder, name of its class
     n_unused = 0
-    for root, subfolders, names in os.walk(folder, followlinks=True):
+    for root, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
         hidden = {name for name in subfolders if name.startswith(".") or name in ("__MACOSX", "@eaDir")}
-        subfolders[:] = [name for name in subfolders if name not in hidden and Path(root, name).resolve() != out]
+        subfolders[:] = [name for name in subfolders if name not in hidden and Path(root, name).resolve() not in ours]
         for path in [Path(root, name) for name in names]:
             inside = path.relative_to(folder).parts
-            is_image = path.suffix.lower() in endings and not path.name.startswith(".") and path.is_file()
+            is_image = path.suffix.lower() in Image.registered_extensions() and path.name[0] != "." and path.is_file()
             if is_image and len(inside) > 1:
                 files.append([os.path.join(*inside), unicodedata.normalize("NFC", inside[0])])
             else:
@@ -1038,8 +1006,8 @@ def list_images(folder, out):
     nested = set(names) - {name for path, name in files if path.count(os.sep) == 1}
     if len(nested) == len(names) or "train" in nested:
         wrong = "train" if "train" in nested else names[0]
-        raise ValueError(f"--data {folder}: {wrong} holds only folders, no images: did you mean --data {folder / wrong}? "
-                         f"If {names!r:.99} are the classes, move an image of {wrong} up into it")  # fmt: skip
+        raise ValueError(f"--data {folder}: {wrong} holds only folders, no images: did you mean --data "
+                         f"{folder / wrong}? If {names!r:.99} are the classes, move an image of {wrong} up into it")
     labels = {name: label for label, name in enumerate(names)}
     return names, sorted([path, labels[name]] for path, name in files)
 

@@ -1,7 +1,7 @@
 // Runs kernel.cu on a CPU. Every CUDA thread of a block is a fiber, blocks run one after another, and kernel.cu's PTX
 // wrappers are written out in plain C++ after the tables of the PTX manual.
 //
-// This checks indices, layouts, waits, barrier phases, tails, and the choice of kernels. It cannot check the PTX text
+// This checks indices, layouts, waits, barriers, remainders, and the choice of kernels. It cannot check the PTX text
 // itself, the hardware's memory ordering, or speed.
 //
 // Environment variables:
@@ -9,7 +9,6 @@
 //                  missing waits. "copies" makes copies late, "math" makes wgmma late.
 //   EMULATION_CC   the major compute capability to pretend, default 9
 #pragma once
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,20 +28,11 @@ using std::min;
 #define __global__
 #define __shared__ static  // one copy for all threads; blocks run one at a time
 #define __launch_bounds__(...)
-#define __grid_constant__
 
-enum {
-  cudaSuccess = 0,
-  cudaErrorNoDevice = 100,
-  cudaErrorLaunchTimeout = 702,
-  cudaErrorNotSupported = 801,
-};
+enum { cudaSuccess = 0, cudaErrorNoDevice = 100, cudaErrorIllegalAddress = 700, cudaErrorLaunchTimeout = 702 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 typedef void* cudaStream_t;
 
-struct uint2 {
-  uint32_t x, y;
-};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -50,32 +40,24 @@ struct dim3 {
   unsigned x, y;
   dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
 };
-struct __half {
-  _Float16 value;
-};
 struct __nv_bfloat16 {
   uint16_t bits;  // the upper half of a float's
 };
 
-inline float to_float(__half h) { return h.value; }
-inline float to_float(__nv_bfloat16 b) {
+inline float __bfloat162float(__nv_bfloat16 b) {
   const uint32_t bits = (uint32_t)b.bits << 16;
   float value;
   memcpy(&value, &bits, 4);
   return value;
 }
 
-template <typename T> T from_float(float value);
-template <> inline __half from_float(float value) { return {(_Float16)value}; }
-template <> inline __nv_bfloat16 from_float(float value) {
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   if (value != value) return {0x7FFF};  // NaN
   uint32_t bits;
   memcpy(&bits, &value, 4);
   const uint32_t last_kept_bit = (bits >> 16) & 1;
   return {(uint16_t)((bits + 0x7FFF + last_kept_bit) >> 16)};  // to nearest, ties to even
 }
-template <typename T> constexpr bool IS_BF16 = false;
-template <> constexpr bool IS_BF16<__nv_bfloat16> = true;
 
 // Byte i of the result is the byte of (y, x) that digit i of the selector names; x has bytes 0 to 3, y has 4 to 7.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
@@ -135,6 +117,7 @@ struct Fiber {
   bool done;
   int thread;  // threadIdx.x
   Queue copies;
+  std::vector<char*> landed;  // where its copies went that it has not yet shown to wgmma
 };
 
 inline ucontext_t scheduler;
@@ -147,9 +130,11 @@ inline int block_x;
 inline int block_y;
 inline int arrived;               // threads that wait in __syncthreads
 inline long generation;           // how often all have met there
-inline std::vector<char> memory;  // shared memory is within it,
-inline char* base;                // from here, a multiple of 1024
-inline std::deque<Work> tma;      // boxes on their way
+inline std::vector<char> memory;  // shared memory is within it
+inline char* base;                // address 0 of shared memory, a multiple of 1024
+inline std::vector<char> shown;   // what wgmma sees from base on
+constexpr int START = 48;         // address of a kernel's shared memory: no multiple of 1024, so it must align boxes
+constexpr int GUARD = 1024;       // bytes after a kernel's shared memory that must stay as they were
 inline bool late_copies;
 inline bool late_math;
 
@@ -210,8 +195,8 @@ inline emu::ThreadIdx threadIdx;
 inline emu::BlockIdx blockIdx;
 inline emu::BlockDim blockDim;
 
-#define SHARED_MEMORY(name) char* name = emu::base
-inline uint32_t shared_address(const void* p) { return 1024 + ((const char*)p - emu::base); }
+#define SHARED_MEMORY(name) char* name = emu::base + emu::START
+inline uint32_t shared_address(const void* p) { return (const char*)p - emu::base; }
 inline void __syncwarp() {
   emu::together(nullptr, [](emu::Warp&) {});
 }
@@ -257,10 +242,10 @@ inline int d_column(int lane, int i) {
 }
 
 // The 16-bit value number e of registers r.
-template <typename T> float value_of(const uint32_t* r, int e) {
-  T value;
+inline float value_of(const uint32_t* r, int e) {
+  __nv_bfloat16 value;
   memcpy(&value, (const char*)r + 2 * e, 2);
-  return to_float(value);
+  return __bfloat162float(value);
 }
 
 // What one lane hands in to mma or wgmma.
@@ -270,9 +255,9 @@ struct Operands {
   uint32_t b[2];
 };
 
-template <typename T> void gather_a(float (&A)[16][16], const Operands (&lanes)[32]) {
+inline void gather_a(float (&A)[16][16], const Operands (&lanes)[32]) {
   for (int l = 0; l < 32; l++) {
-    for (int e = 0; e < 8; e++) A[a_row(l, e)][a_column(l, e)] = value_of<T>(lanes[l].a, e);
+    for (int e = 0; e < 8; e++) A[a_row(l, e)][a_column(l, e)] = value_of(lanes[l].a, e);
   }
 }
 
@@ -290,109 +275,44 @@ void multiply(const Operands (&lanes)[32], int size, const float (&A)[16][16], c
 // ---------------------------------------------------------------------------------------------------------------------
 // sm_80: mma and cp.async
 
-template <typename T> void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+inline void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
   emu::Operands operands{d, a, {b0, b1}};
   emu::together(&operands, [](emu::Warp& warp) {
     emu::Operands lanes[32];
     for (int l = 0; l < 32; l++) lanes[l] = *(emu::Operands*)warp.in[l];
     float A[16][16];
     float B[16][8];
-    emu::gather_a<T>(A, lanes);
+    emu::gather_a(A, lanes);
     for (int l = 0; l < 32; l++) {
-      for (int e = 0; e < 4; e++) B[emu::b_row(l, e)][emu::b_column(l)] = emu::value_of<T>(lanes[l].b, e);
+      for (int e = 0; e < 4; e++) B[emu::b_row(l, e)][emu::b_column(l)] = emu::value_of(lanes[l].b, e);
     }
     emu::multiply(lanes, 4, A, B);
   });
 }
 
-inline void cp_async16(void* to, const void* from, bool valid) {
-  emu::current->copies.open.push_back([=] {
+inline void cp_async16(char* to, const void* from, bool valid) {
+  emu::Fiber* fiber = emu::current;
+  fiber->copies.open.push_back([=] {
     if (valid) {
       memcpy(to, from, 16);
     } else {
       memset(to, 0, 16);
     }
+    memset(&emu::shown[to - emu::base], 0xFF, 16);  // until it is shown, wgmma may see anything
+    fiber->landed.push_back(to);
   });
 }
 inline void cp_async_commit() { emu::current->copies.commit(emu::late_copies); }
 template <int PENDING> void cp_async_wait() { emu::current->copies.wait(PENDING); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// sm_90a: barriers, TMA and wgmma
+// sm_90a: wgmma
 
-namespace emu {
-struct Barrier {  // in the 8 bytes of an mbarrier
-  int16_t count;
-  int16_t pending;  // arrivals
-  int32_t bytes : 31;
-  uint32_t phase : 1;  // the parity of the phase that is not yet complete
-};
-
-inline void settle(void* bar, int arrivals, int bytes) {
-  Barrier* barrier = (Barrier*)bar;
-  barrier->pending -= arrivals;
-  barrier->bytes += bytes;
-  if (barrier->pending == 0 && barrier->bytes == 0) {
-    barrier->phase ^= 1;
-    barrier->pending = barrier->count;
-  }
+inline void show_copies_to_wgmma() {
+  for (char* to : emu::current->landed) memcpy(&emu::shown[to - emu::base], to, 16);
+  emu::current->landed.clear();
 }
-
-// The 128-byte swizzle: within each 1024 bytes, the number of the 16-byte chunk is XORed with the number of the row.
-inline char* swizzled(uint32_t address) {
-  const uint32_t row = (address >> 7) & 7;
-  return base + (address ^ (row << 4)) - 1024;
-}
-}  // namespace emu
-
-inline void barrier_init(uint64_t* bar, int count) {
-  *(emu::Barrier*)bar = {(int16_t)count, (int16_t)count, 0, 0};
-}
-inline void barriers_visible() {}
-inline void barrier_expect_bytes(uint64_t* bar, int bytes) { emu::settle(bar, 1, bytes); }
-inline void barrier_arrive_if(uint64_t* bar, bool condition) {
-  if (condition) emu::settle(bar, 1, 0);
-}
-inline void barrier_wait(uint64_t* bar, int parity) {
-  emu::wait([=] { return (int)((emu::Barrier*)bar)->phase != parity; });
-}
-
-struct CUtensorMap {
-  const char* data;
-  int rows;
-  int columns;
-  int box_rows;
-  int size;  // bytes of an element
-};
-inline bool make_map(CUtensorMap* map, const void* data, int rows, int columns, int box_rows, int size, bool) {
-  *map = {(const char*)data, rows, columns, box_rows, size};
-  return true;
-}
-inline void tma_load(void* to, const CUtensorMap* map, int column, int row, uint64_t* bar) {
-  const CUtensorMap m = *map;
-  const uint32_t address = shared_address(to);
-  auto copy = [=] {
-    for (int r = 0; r < m.box_rows; r++) {
-      for (int byte = 0; byte < 128; byte += 16) {
-        char* chunk = emu::swizzled(address + 128 * r + byte);
-        const int c = column + byte / m.size;
-        if (row + r < m.rows && c < m.columns) {
-          memcpy(chunk, m.data + ((size_t)(row + r) * m.columns + c) * m.size, 16);
-        } else {
-          memset(chunk, 0, 16);
-        }
-      }
-    }
-    emu::settle(bar, 0, -m.box_rows * 128);
-  };
-  if (emu::late_copies) {
-    emu::tma.push_back(copy);
-  } else {
-    copy();
-  }
-}
-
-template <int SIZE> void zero(float (&d)[SIZE]) { memset(d, 0, sizeof d); }
+inline void set_zero(float& sum) { sum = 0; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   emu::together(nullptr, [](emu::Warp& warp) { warp.wgmma.commit(emu::late_math); });
@@ -402,10 +322,18 @@ template <int PENDING> void wgmma_wait() {
 }
 inline uint64_t descriptor(const void* tile) { return shared_address(tile) >> 4; }
 
-// B is in shared memory: row n holds token n's 16 columns, 128 bytes after the row before.
-template <typename T, int SIZE> void wgmma(float (&d)[SIZE], const uint32_t* a, uint64_t b) {
-  constexpr int TOKENS = 2 * SIZE;
-  emu::Operands operands{d, a, {}};
+// Column k of B for token `row` of a tile, whose rows have 128 bytes. The 128-byte swizzle: within a row, the number of
+// a chunk of 16 bytes is XORed with the row's number modulo 8.
+inline float value_of_b(uint64_t descriptor, int row, int k) {
+  const uint32_t address = (descriptor << 4) + 128 * row + 2 * k;
+  const uint32_t swizzled = address ^ (((address >> 7) & 7) << 4);
+  __nv_bfloat16 value;
+  memcpy(&value, &emu::shown[swizzled], 2);
+  return __bfloat162float(value);
+}
+
+inline void wgmma(float (*d)[4], const uint32_t* a, uint64_t b) {
+  emu::Operands operands{d[0], a, {}};
   emu::together(&operands, [=](emu::Warp& warp) {
     std::vector<emu::Operands> handed_in;
     for (int l = 0; l < 32; l++) handed_in.push_back(*(emu::Operands*)warp.in[l]);
@@ -414,12 +342,12 @@ template <typename T, int SIZE> void wgmma(float (&d)[SIZE], const uint32_t* a, 
       emu::Operands lanes[32];
       std::copy(handed_in.begin(), handed_in.end(), lanes);
       float A[16][16];
-      float B[16][TOKENS];
-      emu::gather_a<T>(A, lanes);
-      for (int n = 0; n < TOKENS; n++) {
-        for (int k = 0; k < 16; k++) B[k][n] = to_float(*(const T*)emu::swizzled((b << 4) + 128 * n + 2 * k));
+      float B[16][64];
+      emu::gather_a(A, lanes);
+      for (int token = 0; token < 64; token++) {
+        for (int k = 0; k < 16; k++) B[k][token] = value_of_b(b, token, k);
       }
-      emu::multiply(lanes, SIZE, A, B);
+      emu::multiply(lanes, 32, A, B);
     });
   });
 }
@@ -427,8 +355,13 @@ template <typename T, int SIZE> void wgmma(float (&d)[SIZE], const uint32_t* a, 
 // ---------------------------------------------------------------------------------------------------------------------
 // Host: a GPU's attributes, and the launch of a kernel, which is the scheduler of its fibers
 
+extern "C" {
+int emulated_blocks;   // of the last launch,
+int emulated_threads;  // and the threads of a block: tests see by them what was launched
+}
+
 inline int device_attribute(cudaDeviceAttr attribute) {
-  if (attribute == cudaDevAttrMultiProcessorCount) return 132;
+  if (attribute == cudaDevAttrMultiProcessorCount) return 4;
   const char* capability = getenv("EMULATION_CC");
   return capability ? atoi(capability) : 9;
 }
@@ -439,16 +372,18 @@ inline void start_block(int x, int y, int shared_bytes) {
   block_y = y;
   arrived = 0;
   generation = 0;
-  memory.assign(shared_bytes + 2048, (char)0xFF);  // NaN as bf16 and fp16, so that memory never written is noticed
+  // 0xFF is NaN as bf16, so that memory never written is noticed.
+  memory.assign(1024 + START + shared_bytes + GUARD, (char)0xFF);
+  shown = memory;
   base = memory.data() + (1024 - (uintptr_t)memory.data() % 1024);
   warps.assign(threads / 32, {});
-  tma.clear();
   for (int thread = 0; thread < threads; thread++) {
     Fiber& fiber = fibers[thread];
     fiber.thread = thread;
     fiber.done = false;
     fiber.ready = nullptr;
     fiber.copies = {};
+    fiber.landed.clear();
     fiber.stack.resize(1 << 16);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -472,19 +407,26 @@ inline int run_fibers(int slow, bool slow_only) {
   return ran;
 }
 
+inline bool guard_is_intact(int shared_bytes) {
+  const char* end = base + START + shared_bytes;
+  return std::all_of(end, end + GUARD, [](char byte) { return byte == (char)0xFF; });
+}
+
 inline int threads_left() {
   return std::count_if(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return !fiber.done; });
 }
 }  // namespace emu
 
-template <typename... Parameters, typename... Values>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int smem, cudaStream_t, Values... values) {
+template <typename Args>
+int launch(void (*kernel)(Args), dim3 grid, int threads, int smem, cudaStream_t, const Args& args) {
   using namespace emu;
   const char* mode = getenv("EMULATION") ? getenv("EMULATION") : "";
   late_copies = strcmp(mode, "copies") == 0;
   late_math = strcmp(mode, "math") == 0;
   emu::threads = threads;
-  body = [=] { kernel(Parameters(values)...); };
+  emulated_threads = threads;
+  emulated_blocks = grid.x * grid.y;
+  body = [=] { kernel(args); };
   fibers.resize(threads);
   int pass = 0;  // goes on from block to block, so that each block is disturbed at other places
   for (unsigned block = 0; block < grid.x * grid.y; block++) {
@@ -495,14 +437,12 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int smem, cuda
       pass++;
       int ran = run_fibers(slow, false);
       if (ran == 0) ran = run_fibers(slow, true);
-      if (ran > 0) continue;
-      if (tma.empty()) {
+      if (ran == 0) {
         fprintf(stderr, "emulation: deadlock, %d threads left\n", threads_left());
         return cudaErrorLaunchTimeout;
       }
-      tma.front()();  // nobody can run: now a late copy has to arrive
-      tma.pop_front();
     }
+    if (!guard_is_intact(smem)) return cudaErrorIllegalAddress;
   }
   return cudaSuccess;
 }

@@ -1,8 +1,8 @@
 """What several test files share: a small model, released folders, and training runs that take a second."""
 
 import csv
-import json
 import signal
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import train
-from terdit import SIZES
+from terdit import SIZES, Config, DiT, read_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 RELEASED = {"terdit": GOLDEN / "terdit/tiny", "large": GOLDEN / "large/tiny"}  # folders in upstream's format
@@ -44,22 +44,17 @@ def save_image(path, mode="RGB", size=(20, 30), colour=None):
     Image.new(mode, size, colour).save(path)
 
 
-# Training runs --------------------------------------------------------------------------------------------------------
+def shorten(monkeypatch):
+    """Make `tiny` smaller and the digits few."""
+    digits = train.digits
+    monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"] | dict(dim=64, n_layers=2, n_heads=2))
+    monkeypatch.setattr(train, "digits", lambda n, size, seed: digits(min(n, 200), size, seed))
 
 
 @pytest.fixture(autouse=True)
 def short_training(monkeypatch):
-    """Make `tiny` smaller and the digits few, and give the test runner its signal handlers back.
-
-    It applies to every test of a file that imports it.
-    """
-    digits = train.digits
-
-    def few_digits(n, size, seed):
-        return digits(min(n, 200), size, seed)
-
-    monkeypatch.setitem(SIZES, "tiny", SIZES["tiny"] | dict(dim=64, n_layers=2, n_heads=2))
-    monkeypatch.setattr(train, "digits", few_digits)
+    """For every test of a file that imports this: shorten, and give the test runner its signal handlers back."""
+    shorten(monkeypatch)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests themselves run under nohup
     yield
@@ -69,7 +64,7 @@ def short_training(monkeypatch):
 
 def run(out, *flags, image_size=8):
     """Run train.py into the folder `out` -> the state that it leaves there, as load_run gives it."""
-    arguments = "--batch 4 --grid 0 --dtype fp32".split()
+    arguments = "--batch 4 --grid 0 --dtype fp32 --device cpu".split()
     if image_size:
         arguments += ["--image-size", str(image_size)]
     train.main([*arguments, "--out", str(out), *map(str, flags)])
@@ -77,15 +72,21 @@ def run(out, *flags, image_size=8):
 
 
 def load_run(out):
-    """The newest state of a run folder: the entries of run.json, and `tensors`."""
-    path = train.states(out)[-1]
-    return json.loads((path / "run.json").read_text()) | {"tensors": train.read_state(path)}
+    """The newest state of a run folder as one dict: its settings and its model's Config, `step`, and `tensors`."""
+    state = read_checkpoint(train.states(out)[-1], "a state")
+    return state["run"] | dict(step=state["step"], tensors=state["tensors"])
 
 
 def weights(state, kind):
     """The state dict of the model that is trained (kind "model") or of the averaged one ("ema")."""
-    prefix = f"{kind}."
-    return {k.removeprefix(prefix): v for k, v in state["tensors"].items() if k.startswith(prefix)}
+    return {k.removeprefix(f"{kind}."): v for k, v in state["tensors"].items() if k.startswith(f"{kind}.")}
+
+
+def model_of(state, kind):
+    """The DiT with these weights."""
+    model = DiT(Config(**{f.name: state[f.name] for f in fields(Config)}))
+    model.load_state_dict(weights(state, kind))
+    return model
 
 
 def read_log(path):

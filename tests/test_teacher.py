@@ -1,6 +1,5 @@
-"""--teacher: the student also learns another model's outputs, on the same noisy batch."""
+"""--init and --teacher: a run starts from another model's weights, and learns another model's outputs."""
 
-import json
 from functools import partial
 
 import numpy as np
@@ -8,239 +7,143 @@ import pytest
 import torch
 
 import train
-from terdit import Config, DiT, MetaDiTConfig, MetaDiT, GaussianDiffusion, load_model, save_checkpoint
-from tests.helpers import RELEASED, SMALL, awake, load_run, read_log, run, same, weights
-from tests.helpers import short_training  # noqa: F401
+from sample import THERE, create_rows
+from terdit import SIZES, Config, DiT, load_model, pack_ternary, save_checkpoint, ternarize
+from tests.helpers import RELEASED, awake, read_log, run, same, save_image, short_training  # noqa: F401
+
+STILL = ["--steps", 1, "--lr", "1e-30"]  # what is saved is what training started from
+NAMES = [str(i) for i in range(10)]
+
+
+def make_full(path, **changes):
+    """A full-precision checkpoint of the digits, whose outputs are not 0."""
+    torch.manual_seed(1)
+    config = SIZES["tiny"] | dict(input_size=8, ternary=False, adaln_norm=False, class_names=NAMES) | changes
+    save_checkpoint(path, awake(DiT(Config(**config))))
+    return path
 
 
 @pytest.fixture
 def full(tmp_path):
-    """A full-precision checkpoint of the digits, whose outputs are not 0."""
-    run(tmp_path / "full", "--steps", 1, "--full-precision")
-    model = load_model(tmp_path / "full/full.pt")
-    torch.manual_seed(1)
-    save_checkpoint(tmp_path / "full.pt", awake(model))
-    return tmp_path / "full.pt"
+    return make_full(tmp_path / "full.pt")
 
 
-# The loss -------------------------------------------------------------------------------------------------------------
+def set_up(out, *flags):
+    """Everything before the first step of training -> train.Run"""
+    flags = ["--image-size", 8, "--batch", 4, "--dtype", "fp32", "--out", out, *flags]
+    return train.setup(train.parse_args([str(flag) for flag in flags]))
 
 
-def small_batch(config):
-    rng = torch.Generator().manual_seed(0)
-    x0 = torch.randn(4, config.in_channels, 8, 8, generator=rng).clamp(-1, 1)
-    noise = torch.randn(x0.shape, generator=rng)
-    return x0, torch.tensor([0, 300, 700, 999]), torch.tensor([0, 1, 4, 5]), noise
+# --init ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learn_sigma", [True, False])
-def test_distill_is_the_mean_square_between_both_outputs_on_the_same_noisy_images(learn_sigma):
-    torch.manual_seed(0)
-    student = awake(DiT(Config(**SMALL, learn_sigma=learn_sigma)))
-    teacher = awake(DiT(Config(**SMALL, learn_sigma=learn_sigma, ternary=False, adaln_norm=False)))
-    diffusion = GaussianDiffusion()
-    x0, t, y, noise = small_batch(student.config)
-    terms = diffusion.training_losses(student, x0, t, y, noise, teacher)
-    x = diffusion.q_sample(x0, t, noise)
-    want = (student(x, t, y) - teacher(x, t, y)).square().mean(dim=(1, 2, 3))
-    assert torch.allclose(terms["distill"], want)
-    without = diffusion.training_losses(student, x0, t, y, noise)
-    assert "distill" not in without
-    assert torch.equal(terms["loss"], without["loss"])
-    terms["distill"].sum().backward()
-    assert all(p.grad is None for p in teacher.parameters())
-    if learn_sigma:  # the sigma channels are taught, too
-        assert student.final_layer.linear.bias.grad.abs().min() > 0
+def test_from_full_precision_to_ternary_by_hand(tmp_path, full):
+    run(tmp_path / "run", "--init", full, *STILL)
+    source = load_model(full)
+    want = source.state_dict()
+    got = load_model(tmp_path / "run/packed.pt").state_dict()
+    c = source.t_embedder(torch.linspace(0, 999, 50)) + want[train.LABEL_TABLE].mean(0)
+    for name in got:
+        if name.endswith("alphas"):
+            weight = want[name.replace("alphas", "weight")]
+            assert got[name].item() == pytest.approx(weight.abs().mean().item())
+            assert torch.equal(got[name.replace("alphas", "weight")], pack_ternary(ternarize(weight)))
+        elif name.endswith("adaLN_modulation.2.weight"):  # the paper's norm: its gain keeps the size of the outputs
+            outputs = source.layers[int(name.split(".")[1])].adaLN_modulation(c)
+            assert torch.allclose(got[name], outputs.square().mean().sqrt())
+        elif got[name].dtype != torch.uint8:
+            assert torch.equal(got[name], want[name]), name
 
 
-def test_a_step_follows_the_gradient_of_loss_and_distill(tmp_path, full, monkeypatch):
-    """The gradients that AdamW sees are those of loss + weight * distill, over all micro-batches."""
-    monkeypatch.setattr(train, "DEMO", train.replace(train.DEMO, teacher_weight=2.5))
-    seen = []
-    clip = torch.nn.utils.clip_grad_norm_
+def test_from_ternary_the_codes_stay_and_other_classes_get_a_new_table(tmp_path, full, capsys):
+    run(tmp_path / "first", "--init", full, *STILL)
+    run(tmp_path / "again", "--init", tmp_path / "first", *STILL)
+    first = load_model(tmp_path / "first/packed.pt").state_dict()
+    assert same(load_model(tmp_path / "again/packed.pt").state_dict(), first)
+    assert "new label table" not in capsys.readouterr().out
 
-    def note(parameters, limit):
-        parameters = list(parameters)
-        seen.append([p.grad.clone() for p in parameters])
-        return clip(parameters, limit)
+    for name in "ab":
+        save_image(tmp_path / "data" / name / "x.png")
+    flags = ["--init", tmp_path / "first/packed.pt", "--data", tmp_path / "data"]
+    run(tmp_path / "pets", *flags, *STILL)
+    pets = load_model(tmp_path / "pets/packed.pt").state_dict()
+    table = pets.pop(train.LABEL_TABLE)
+    assert not torch.isin(table, first.pop(train.LABEL_TABLE)).any() and table.shape == (3, 64)
+    assert same(pets, first)
+    assert "first/packed.pt has 10 other classes" in capsys.readouterr().out
 
-    def want(run, batch, show_part=None):
-        teacher = load_model(full)
-        terms = run.diffusion.training_losses(run.model, *batch, teacher)
-        objective = (terms["loss"] + 2.5 * terms["distill"]).mean()
-        expected = torch.autograd.grad(objective, list(run.model.parameters()), retain_graph=False)
-        stats = step(run, batch, show_part)
-        for got, gradient in zip(seen.pop(), expected, strict=True):
-            assert torch.allclose(got, gradient, rtol=1e-3, atol=1e-6)
-        assert stats.distill == pytest.approx(terms["distill"].mean().item(), rel=1e-5)
-        assert stats.loss == pytest.approx(terms["loss"].mean().item(), rel=1e-5)
-        return stats
-
-    step = train.train_step
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note)
-    monkeypatch.setattr(train, "train_step", want)
-    run(tmp_path / "run", "--steps", 2, "--micro-batch", 2, "--teacher", full)
+    (tmp_path / "first").rename(tmp_path / "moved")  # the run's own state has the weights
+    assert run(tmp_path / "pets", *flags, *STILL, "--steps", 2)["step"] == 2
 
 
-def test_log_has_the_teachers_term_in_a_column_of_its_own(tmp_path, full):
-    run(tmp_path / "same", "--steps", 10, "--init", full, "--teacher", full, "--full-precision", "--lr", "1e-12")
-    [row] = read_log(tmp_path / "same/log.csv")
-    assert row["distill"] < 1e-9 < row["loss"]  # the student is its teacher
-    run(tmp_path / "other", "--steps", 10, "--teacher", full)
-    [row] = read_log(tmp_path / "other/log.csv")
-    assert row["distill"] > 1e-3
-    run(tmp_path / "none", "--steps", 10)
-    assert "distill" not in read_log(tmp_path / "none/log.csv")[0]
+def test_released_models_start_and_teach_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_model", partial(load_model, n_heads=4))
+    files = [["x.png", label] for label in range(10)]
+    header = dict(vae="a/vae", image_size=64, latent_scale=0.18215, class_names=NAMES, files=files)
+    create_rows(tmp_path / "cache", header, 10, (2, 4, 8, 8), np.float16)
+    np.save(tmp_path / "cache/status.npy", np.full(10, THERE, np.uint8))
+    flags = ["--data", tmp_path / "cache", "--init", RELEASED["terdit"], "--teacher", RELEASED["large"], *STILL]
+    run(tmp_path / "run", *flags, image_size=None)
+    released = load_model(RELEASED["terdit"], n_heads=4).state_dict()
+    assert same(load_model(tmp_path / "run/packed.pt").state_dict(), released)
+    assert read_log(tmp_path / "run/log.csv")[0]["distill"] > 0
 
 
-def test_bf16_casts_the_blocks_matrices_as_autocast_would(tmp_path, full):
-    cfg = train.replace(train.DEMO, teacher=str(full))
-    config = load_model(full).config
-    teacher, number = train.load_teacher(train.replace(cfg, dtype="bf16"), config)
-    plain, same_number = train.load_teacher(train.replace(cfg, dtype="fp32"), config)
-    assert number == same_number
-    assert teacher.layers[0].attention.wq.weight.dtype == torch.bfloat16
-    assert plain.layers[0].attention.wq.weight.dtype == torch.float32
-    inputs = (torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 5]))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(teacher(*inputs), plain(*inputs))
+# --teacher ------------------------------------------------------------------------------------------------------------
 
 
-# Resuming -------------------------------------------------------------------------------------------------------------
+def test_a_step_follows_the_gradient_of_loss_and_distill(tmp_path, full):
+    run = set_up(tmp_path / "run", "--teacher", full, "--teacher-weight", 2.5, "--micro-batch", 2)
+    awake(run.model)
+    batch = train.draw_batch(run, 0)
+    x = run.diffusion.q_sample(batch.x0, batch.t, batch.noise)
+    distill = (run.model(x, batch.t, batch.y) - load_model(full)(x, batch.t, batch.y)).square().mean()
+    loss = run.diffusion.training_losses(run.model, *batch)["loss"].mean()
+    gradients = torch.autograd.grad(loss + 2.5 * distill, list(run.model.parameters()))
+    stats = train.train_step(run, batch, train.Progress(4))
+    assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert stats.distill == pytest.approx(distill.item(), rel=1e-5)
+    assert stats.grad_norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-3)
 
 
-def test_a_stopped_run_with_a_teacher_goes_on_to_the_same_bits(tmp_path, full):
-    flags = ["--init", full, "--teacher", full]
-    whole = run(tmp_path / "whole", "--steps", 4, *flags)
-    train_step = train.train_step
-    with pytest.MonkeyPatch.context() as patch:
-
-        def killed_at_step_2(run, *args):
-            if run.step == 2:
-                raise KeyboardInterrupt
-            return train_step(run, *args)
-
-        patch.setattr(train, "train_step", killed_at_step_2)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut", "--steps", 4, "--save-every", 2, *flags)
-    assert load_run(tmp_path / "cut")["step"] == 2
-    resumed = run(tmp_path / "cut", "--steps", 4, "--save-every", 2, *flags)
-    assert same(resumed["tensors"], whole["tensors"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_log_has_the_teachers_term(tmp_path, full, dtype):
+    run(tmp_path / "run", "--init", full, "--teacher", full, "--full-precision", "--dtype", dtype, *STILL)
+    [row] = read_log(tmp_path / "run/log.csv")
+    assert 0 < row["distill"] < 1e-4 * row["loss"]  # the student is its teacher
+    with pytest.raises(ValueError, match="was trained with teacher=True, this command says False"):
+        set_up(tmp_path / "run", "--full-precision", *STILL)
 
 
-def test_another_teacher_is_refused_wherever_the_first_one_lies(tmp_path, full):
-    run(tmp_path / "run", "--steps", 1, "--teacher", full)
-    moved = full.rename(tmp_path / "moved.pt")
-    assert run(tmp_path / "run", "--steps", 2, "--teacher", moved)["step"] == 2
-    with pytest.raises(ValueError, match="was trained with other weights of --teacher"):
-        run(tmp_path / "run", "--steps", 3)
-    with pytest.raises(ValueError, match="was trained with other weights of --teacher"):
-        run(tmp_path / "run", "--steps", 3, "--teacher", tmp_path / "full")
-
-
-# Which teachers -------------------------------------------------------------------------------------------------------
-
-
-def test_a_teacher_may_be_a_packed_file_a_run_folder_or_a_state(tmp_path):
-    run(tmp_path / "source", "--steps", 1)
-    by_file = run(tmp_path / "file", "--steps", 2, "--teacher", tmp_path / "source/packed.pt")
-    by_folder = run(tmp_path / "folder", "--steps", 2, "--teacher", tmp_path / "source")
-    by_state = run(tmp_path / "state", "--steps", 2, "--teacher", tmp_path / "source/state-0000001")
-    assert same(weights(by_file, "model"), weights(by_folder, "model"))
-    assert same(weights(by_file, "model"), weights(by_state, "model"))
-
-
-def test_a_teacher_of_another_kind_is_refused(tmp_path, full):
-    config = load_model(full).config
-    for change, words in [
-        (dict(prediction="eps"), "prediction='eps', the student 'v'"),
-        (dict(learn_sigma=True), "learn_sigma=True, the student False"),
-        (dict(input_size=16), "input_size=16, the student 8"),
-    ]:
-        save_checkpoint(tmp_path / "other.pt", DiT(train.replace(config, **change)))
-        with pytest.raises(ValueError, match=f"--teacher .*other.pt has {words}"):
-            run(tmp_path / "run", "--steps", 1, "--teacher", tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="no such|not a checkpoint"):
-        run(tmp_path / "run", "--steps", 1, "--teacher", __file__)
-
-
-def test_a_teachers_classes_are_put_in_our_order_or_refused(tmp_path, full):
-    config = load_model(full).config
-    names = [str(i) for i in range(10)]
+def test_a_teachers_classes_are_put_in_our_order(tmp_path, full):
     order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
     model = load_model(full)
-    rows = model.y_embedder.embedding_table.weight.clone()
-    model.y_embedder.embedding_table.weight[:10] = rows[order]
-    model.config = train.replace(config, class_names=[names[i] for i in order])
-    save_checkpoint(tmp_path / "shuffled.pt", model)
-    straight = run(tmp_path / "a", "--steps", 2, "--teacher", full)
-    shuffled = run(tmp_path / "b", "--steps", 2, "--teacher", tmp_path / "shuffled.pt")
-    assert same(weights(straight, "model"), weights(shuffled, "model"))
-
-    for other in (None, [*names[:9], "ten"]):
-        model.config = train.replace(config, class_names=other)
-        save_checkpoint(tmp_path / "other.pt", model)
-        with pytest.raises(ValueError, match=r"has 10 classes \(.*\), --data has 10: a teacher must know the same"):
-            run(tmp_path / "c", "--steps", 1, "--teacher", tmp_path / "other.pt")
+    model.config.class_names = [NAMES[i] for i in order]
+    table = model.y_embedder.embedding_table.weight
+    table[:10] = table[order]
+    (tmp_path / "shuffled").mkdir()
+    save_checkpoint(tmp_path / "shuffled/full.pt", model)
+    teacher = set_up(tmp_path / "run", "--teacher", tmp_path / "shuffled").teacher
+    assert same(teacher.state_dict(), load_model(full).state_dict())
 
 
-def test_imagenets_folders_are_the_same_classes_under_either_name():
+def test_imagenets_folders_are_the_classes_of_released_models():
     folders = [f"n{10_000_000 + 7 * i}" for i in range(1000)]
     numbers = [str(i) for i in range(1000)]
-    assert train.label_rows(folders, folders) == train.label_rows(numbers, folders) == list(range(1001))
+    assert train.label_rows(numbers, folders) == list(range(1001))
+    assert train.label_rows(sorted(numbers), folders)[207] == 121  # TerDiT's order of strings
     assert train.label_rows(numbers[1:], folders) is None
 
 
-def test_a_teacher_of_pixels_need_not_know_a_latent_scale(full):
-    teacher = load_model(full)
-    config = train.replace(teacher.config, latent_scale=1.0)  # what a cache of images has
-    train.match_teacher(teacher, train.DEMO, config)
-    with pytest.raises(ValueError, match="different VAEs"):
-        train.match_teacher(teacher, train.DEMO, train.replace(config, vae="v"))
-
-
-def test_a_teacher_that_puts_out_nonsense_is_named(tmp_path, full):
-    model = load_model(full)
-    model.final_layer.linear.bias.fill_(float("inf"))
-    save_checkpoint(tmp_path / "inf.pt", model)
-    with pytest.raises(ValueError, match="do the outputs of --teacher .*inf.pt make sense"):
-        run(tmp_path / "run", "--steps", 1, "--teacher", tmp_path / "inf.pt")
-
-
-def latents(folder, n_classes, size=8):
-    """A cache of random latents, as --vae would have left it."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    np.save(folder / "x.npy", rng.standard_normal((n_classes, 2, 4, size, size)).astype(np.float16))
-    np.save(folder / "labels.npy", np.arange(n_classes))
-    header = dict(format=train.CACHE, image_size=8 * size, vae="v", class_names=[str(i) for i in range(n_classes)],
-                  latent_scale=0.18215, source="x", files=[])  # fmt: skip
-    (folder / "header.json").write_text(json.dumps(header))
-    return folder
-
-
-def test_large_dit_teaches(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_model", partial(load_model, n_heads=4))
-    config = train.load_model(RELEASED["large"]).config
-    cache = latents(tmp_path / "cache", config.num_classes, config.input_size)
-    monkeypatch.setitem(train.SIZES, "S", dict(dim=32, n_layers=1, n_heads=2, multiple_of=16))
-    flags = ["--size", "S", "--data", cache, "--steps", 10, "--teacher", RELEASED["large"]]
-    run(tmp_path / "run", *flags, image_size=None)
-    assert read_log(tmp_path / "run/log.csv")[0]["distill"] > 0
-
-
-def test_metas_dit_teaches(tmp_path, monkeypatch):
-    sizes = dict(input_size=8, dim=128, n_layers=2, n_heads=2, num_classes=5)
-    torch.save(awake(MetaDiT(MetaDiTConfig(**sizes))).state_dict(), tmp_path / "dit.pt")
-    monkeypatch.setattr(train, "load_model", partial(load_model, class_names=list("01234")))
-    cache = latents(tmp_path / "cache", 5)
-    monkeypatch.setitem(train.SIZES, "S", dict(dim=32, n_layers=1, n_heads=2, multiple_of=16))
-    flags = ["--size", "S", "--data", cache, "--steps", 10, "--dtype", "bf16"]
-    run(tmp_path / "run", *flags, "--teacher", tmp_path / "dit.pt", image_size=None)
-    header = json.loads((cache / "header.json").read_text())
-    (cache / "header.json").write_text(json.dumps(header | dict(latent_scale=0.13)))
-    with pytest.raises(ValueError, match="latent_scale=0.18215, the student 0.13: their latents are of different VAEs"):
-        run(tmp_path / "other", *flags, "--teacher", tmp_path / "dit.pt", image_size=None)
-    assert read_log(tmp_path / "run/log.csv")[0]["distill"] > 0
-    with pytest.raises(ValueError, match="Meta's DiT has other layers than ours"):
-        run(tmp_path / "tuned", "--data", cache, "--steps", 1, "--init", tmp_path / "dit.pt", image_size=None)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prediction="eps"), "has prediction='eps', this run 'v'"),
+        (dict(learn_sigma=True), "has learn_sigma=True, this run False"),
+        (dict(input_size=16), "has input_size=16, this run 8"),
+        (dict(class_names=[*NAMES[:9], "ten"]), "has the classes .*: a teacher must know the same classes"),
+    ],
+)
+def test_a_teacher_with_other_outputs_or_classes_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"--teacher .*/other.pt {message}"):
+        set_up(tmp_path / "run", "--teacher", make_full(tmp_path / "other.pt", **changes))

@@ -1,600 +1,298 @@
-"""Training: the data, determinism, resume to the bit, fine-tuning, and what is refused."""
+"""Training: what a step sees and changes, what a run writes, and what a command is filled in with."""
 
+import math
 import os
-import shutil
-import signal
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
+import sample
 import terdit
 import train
-from terdit import SIZES, Config, DiT, GaussianDiffusion, PackedTernaryLinear
-from terdit import load_model, pack_model, ternarize, unpack_ternary
-from tests.bench_faults import Faults
-from tests.helpers import RELEASED, load_run, read_log, run, same, save_image, short_training, weights  # noqa: F401
+from terdit import SIZES, Config, DiT, GaussianDiffusion, load_model, pack_model, save_checkpoint, ternarize
+from tests.helpers import SMALL, awake, model_of, read_log, run, same, save_image, short_training  # noqa: F401
 from train import TrainConfig
 
 
-def model_of(state, kind):
-    """The DiT of a state: the one that is trained (kind "model") or the averaged one ("ema")."""
-    model = DiT(Config(**state["config"]))
-    model.load_state_dict(weights(state, kind))
-    return model
-
-
-# The digits -----------------------------------------------------------------------------------------------------------
-
-
-def test_digits_are_bright_on_dark():
+def test_digits_are_bright_on_dark_and_a_function_of_the_seed():
     x, y = train.digits(200, 16, 7)
-    assert x.shape == (200, 3, 16, 16)
-    assert x.dtype == torch.float32
-    assert -1 <= x.min() < -0.5
-    assert 0.8 < x.max() <= 1
-    assert y.dtype == torch.int64
-    assert y.bincount(minlength=10).min() > 5
+    assert -1 <= x.min() < -0.5 and 0.8 < x.max() <= 1
+    assert y.bincount(minlength=10).min() > 5 and same(train.digits(200, 16, 7), (x, y))
+    assert not torch.equal(train.digits(200, 16, 8)[0], x)
 
 
-def test_digits_are_a_function_of_the_seed():
-    x, y = train.digits(200, 16, 7)
-    again_x, again_y = train.digits(200, 16, 7)
-    other_x, _ = train.digits(200, 16, 8)
-    assert torch.equal(x, again_x)
-    assert torch.equal(y, again_y)
-    assert not torch.equal(x, other_x)
+def run_on(values, dropout=0.0, mirror=False, **settings):
+    """What draw_batch needs of a run on 2x2 images: each is one value, except for a white corner at the right."""
+    pixels = np.zeros((len(values), 1, 3, 2, 2), np.uint8) + np.uint8(values).reshape(-1, 1, 1, 1, 1)
+    pixels[..., 0, 1] = 255
+    data = train.Data(pixels, np.arange(len(values)), torch.arange(len(values)), None, mirror)
+    model = SimpleNamespace(config=Config(num_classes=len(values), class_dropout_prob=dropout))
+    return SimpleNamespace(data=data, settings=TrainConfig(**settings), model=model, diffusion=GaussianDiffusion())
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
-
-
-def plain_data(values, labels):
-    """A data set of one-coloured 2x2 images, none of them held out or mirrored."""
-    pixels = np.broadcast_to(np.asarray(values, np.uint8).reshape(-1, 1, 1, 1, 1), (len(values), 1, 3, 2, 2))
-    images = train.Images(pixels, np.asarray(labels), {})
-    return train.Data(images, mirror=False, train_index=torch.arange(len(values)), held_out=None)
-
-
-def test_each_image_is_seen_once_an_epoch():
-    data = plain_data(values=range(20), labels=range(20))
-    config = Config(num_classes=20, class_dropout_prob=0.0)
-    cfg = TrainConfig(batch=7, seed=5)
-
-    def draw(step):
-        return train.draw_batch(data, config, cfg, GaussianDiffusion(), step)
-
-    labels = torch.cat([draw(step).y for step in range(20)])  # 20 steps of 7 images are 7 epochs of 20
+def test_batches_are_a_function_of_seed_and_step_and_an_epoch_shows_each_image_once():
+    twenty = run_on(range(20), batch=7, seed=5)
+    labels = torch.cat([train.draw_batch(twenty, step).y for step in range(20)])  # 7 epochs of 20 images
     for epoch in labels.view(7, 20):
         assert epoch.sort().values.tolist() == list(range(20))
     assert not torch.equal(labels[:20], labels[20:40])  # in another order
 
-    batch = draw(3)
-    assert ((batch.x0[:, 0, 0, 0] + 1) * 127.5).round().long().equal(batch.y)  # images and labels belong together
-    assert same(draw(3), batch)
+    batch = train.draw_batch(twenty, 3)
+    assert ((batch.x0[:, 0, 1, 1] + 1) * 127.5).round().long().equal(batch.y)  # images and labels belong together
+    assert same(train.draw_batch(twenty, 3), batch)
+    for other in (train.draw_batch(twenty, 4), train.draw_batch(run_on(range(20), batch=7, seed=6), 3)):
+        for name in ("y", "t", "noise"):
+            assert not torch.equal(getattr(other, name), getattr(batch, name)), name
 
 
-def test_labels_are_dropped_at_their_rate():
-    data = plain_data(values=[0] * 1000, labels=[0] * 1000)
-    config = Config(num_classes=1, class_dropout_prob=0.1)
-    batch = train.draw_batch(data, config, TrainConfig(batch=1000), GaussianDiffusion(), 0)
-    assert 60 < (batch.y == 1).sum() < 140  # 100 are expected, and 40 is 4 sigma
-
-
-def test_half_of_the_photos_are_mirrored(tmp_path):
-    pixels = np.zeros((8, 8), np.uint8)
-    pixels[:, 4:] = 255  # black on the left, white on the right
-    (tmp_path / "data/a").mkdir(parents=True)
-    for i in range(2):
-        Image.fromarray(pixels).save(tmp_path / f"data/a/{i}.png")
-    data = load_folder(tmp_path / "data", 8)
-    batch = train.draw_batch(data, Config(**SIZES["tiny"]), TrainConfig(batch=400), GaussianDiffusion(), 0)
-    left = batch.x0[:, 0, 0, 0]
-    right = batch.x0[:, 0, 0, -1]
+def test_labels_are_dropped_at_their_rate_and_half_of_the_images_mirrored():
+    batch = train.draw_batch(run_on([0] * 50, dropout=0.1, mirror=True, batch=1000), 0)
+    assert 60 < (batch.y == 50).sum() < 140  # 100 are expected, and 40 is 4 sigma
+    left, right = batch.x0[:, 0, 0].T
     assert torch.equal(left, -right)
-    assert 0.4 < (left > 0).double().mean() < 0.6
+    assert 440 < (left == 1).sum() < 560
+    batch = train.draw_batch(run_on([0] * 50, batch=100), 0)
+    assert (batch.y < 50).all() and (batch.x0[:, 0, 0, 1] == 1).all()
 
 
-def test_timesteps_of_eps_are_uniform():
+def test_timesteps_of_eps_are_uniform_and_those_of_v_tend_to_high_noise():
+    quarters = [0.25, 0.5, 0.75]
     t = train.draw_timesteps(20000, GaussianDiffusion(prediction="eps"), train.generator(0))
-    assert t.dtype == torch.int64
-    assert t.min() >= 0
-    assert t.max() <= 999
-    assert abs(t.double().mean() - 499.5) < 10
-
-
-def test_timesteps_of_v_tend_to_high_noise():
+    assert t.min() == 0 and t.max() == 999
+    assert np.allclose(np.quantile(t, quarters) / 1000, quarters, atol=0.02)
     diffusion = GaussianDiffusion(prediction="v")
     t = train.draw_timesteps(20000, diffusion, train.generator(0))
-    assert t.dtype == torch.int64
-    assert t.min() >= 0
-    assert t.max() <= 999
     acp = diffusion.alphas_cumprod[t]
-    assert abs(np.median(np.log(acp / (1 - acp))) + 2) < 0.2  # the log of signal to noise is about -2
+    # logSNR is N(-2, 2.5); one in twenty is uniform, which moves the quartiles a little.
+    assert np.allclose(np.quantile(np.log(acp / (1 - acp)), quarters), [-3.7, -2, -0.3], atol=0.25)
 
 
-# Folders of images ----------------------------------------------------------------------------------------------------
-
-
-def load_folder(folder, size):
-    return train.load_data(TrainConfig(data=str(folder), image_size=size, out=folder.parent))
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Two classes, of every mode and format, with files that cannot be read among them."""
-    apple = tmp_path / "data/apple"
-    pear = tmp_path / "data/pear"
-    save_image(apple / "deep.png", "I;16", colour=65535)  # 16 bits a pixel
-    save_image(apple / "grey.bmp", "L", colour=128)
-    save_image(apple / "palette.gif", "P")
-    save_image(apple / "pixel.png", size=(1, 1), colour=(0, 0, 255))
-    save_image(apple / "rgb.jpg", colour=(255, 0, 0))
-    save_image(pear / "alpha.webp", "RGBA", colour=(0, 255, 0, 255))
-    frame = Image.new("RGB", (9, 9))
-    frame.save(pear / "moving.gif", save_all=True, append_images=[frame])
-    save_image(pear / "sub/print.jpg", "CMYK")
-
-    (pear / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    (pear / "cut.jpg").write_bytes((apple / "rgb.jpg").read_bytes()[:300])
-    save_image(pear / "huge.png", "1", (15000, 15000))  # Pillow takes it for a decompression bomb
-    (pear / "link.png").symlink_to(pear / "gone.png")
-    (pear / "notes.txt").write_text("not an image")
-    return tmp_path / "data"
-
-
-def test_every_format_is_read(photos):
-    data = load_folder(photos, 16)
-    x0, labels = data.images[data.train_index, torch.zeros(8, dtype=torch.bool)]
-    assert x0.shape == (8, 3, 16, 16)
-    assert data.images.header["class_names"] == ["apple", "pear"]
-    assert labels.tolist() == [0] * 5 + [1] * 3
-    # The apples, in the order of their names.
-    deep, grey, _, pixel, rgb = ((x0.double().mean((2, 3)) + 1) * 127.5).round()[:5].tolist()
-    assert deep == [255, 255, 255]
-    assert grey == [128, 128, 128]
-    assert pixel == [0, 0, 255]
-    assert abs(rgb[0] - 254) <= 1
-    assert rgb[1] <= 1
-
-
-def test_images_of_folders_may_be_mirrored(photos):
-    data = load_folder(photos, 16)
-    assert data.mirror
-    plain, _ = data.images[data.train_index, torch.zeros(8, dtype=torch.bool)]
-    mirrored, _ = data.images[data.train_index, torch.ones(8, dtype=torch.bool)]
-    assert torch.equal(mirrored, plain.flip(-1))
-
-
-def test_files_that_cannot_be_read_are_named_and_left_out(photos, capsys):
-    load_folder(photos, 16)
-    shown = capsys.readouterr()
-    for name in ("broken.png", "cut.jpg", "huge.png", "link.png"):
-        assert f"{name}: left out" in shown.err
-    assert "notes.txt" not in shown.err
-    assert "8 images of 2 classes" in shown.out
-    assert "4 left out" in shown.out
-
-
-def test_images_are_cropped_to_the_centre(tmp_path):
-    thirds = np.zeros((40, 120, 3), np.uint8)
-    thirds[:, :40, 0] = 255  # red
-    thirds[:, 40:80, 1] = 255  # green
-    thirds[:, 80:, 2] = 255  # blue
-    Image.fromarray(thirds).save(tmp_path / "wide.png")
-    assert train.load_image(tmp_path / "wide.png", 10)[:, 5, 5].tolist() == [0, 255, 0]
-
-
-def test_images_are_turned_upright(tmp_path):
-    halves = np.zeros((32, 32, 3), np.uint8)
-    halves[:16, :, 0] = 255  # red above
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the orientation says: turn clockwise. So red belongs on the right.
-    Image.fromarray(halves).save(tmp_path / "turned.png", exif=exif)
-    red = train.load_image(tmp_path / "turned.png", 8)[0]
-    assert red[4, 7] == 255
-    assert red[4, 0] == 0
-
-
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        (None, "no such folder"),
-        ([], "found no subfolder"),
-        (["x.png"], "found no subfolder"),
-        (["a/notes.txt"], "hold no images"),
-        (["a/0.png", "a/1.png"], "none of its 2 images can be read"),
-    ],
-)
-def test_a_folder_without_images_is_refused(tmp_path, files, message):
-    folder = tmp_path / "data"
-    if files is not None:
-        folder.mkdir()
-        for name in files:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "out", "--steps", 1, "--data", folder)
-
-
-def test_one_class_is_enough(tmp_path):
-    save_image(tmp_path / "data/only/a.png")
-    save_image(tmp_path / "data/only/b.png", colour=(9, 9, 9))
-    state = run(tmp_path / "out", "--steps", 2, "--data", tmp_path / "data")
-    assert state["config"]["class_names"] == ["only"]
-    assert len(state["tensors"]["model.y_embedder.embedding_table.weight"]) == 2  # the class, and no class
-
-
-def test_the_cache_of_other_photos_is_refused(tmp_path):
-    for name in ("one", "two"):
-        save_image(tmp_path / name / "a/1.png")
-    run(tmp_path / "out", "--steps", 1, "--data", tmp_path / "one")
-    with pytest.raises(ValueError, match="images-8 holds the images of .*one, not of --data .*two"):
-        run(tmp_path / "out", "--steps", 1, "--data", tmp_path / "two", "--fresh")
-    assert run(tmp_path / "out", "--steps", 2, "--data", tmp_path / "out/images-8")["step"] == 2
-
-
-# Training -------------------------------------------------------------------------------------------------------------
-
-
-def test_optimizer_has_every_parameter_once():
+def test_each_parameter_has_the_rate_and_the_decay_that_follow_by_hand():
+    """The rate rises over at most a tenth of the run and falls along a cosine to 1%; decay ends at decay_until."""
     model = DiT(Config(**SIZES["tiny"]))
-    groups = train.make_optimizer(model, TrainConfig(decay=0.3)).param_groups
-    in_groups = [id(p) for group in groups for p in group["params"]]
-    assert sorted(in_groups) == sorted(id(p) for p in model.parameters())
-
-
-def test_optimizer_decays_matrices_of_blocks_and_slows_alphas():
-    model = DiT(Config(**SIZES["tiny"]))
-    scale_and_decay = {}
-    for group in train.make_optimizer(model, TrainConfig(decay=0.3)).param_groups:
-        for p in group["params"]:
-            scale_and_decay[p] = (group["lr_scale"], group["weight_decay"])
     block = model.layers[1]
-    adaln = block.adaLN_modulation[1]
-    assert scale_and_decay[block.attention.wq.alphas] == (0.2, 0)
-    assert scale_and_decay[block.attention.wq.weight] == (1, 0.3)
-    assert scale_and_decay[adaln.weight] == (1, 0.3)
-    for p in (block.ffn_norm.weight, adaln.bias, model.pos_embed, model.final_layer.linear.weight):
-        assert scale_and_decay[p] == (1, 0)
+    for steps, rising in ((200, 20), (5000, 50)):
+        settings = TrainConfig(lr=2.0, warmup=50, steps=steps, weight_decay=0.3, decay_until=0.5)
+        optimizer = train.make_optimizer(model, settings)
+        for step in (0, rising // 2, rising, steps // 2 - 1, steps // 2, steps - 1):
+            rate = train.set_learning_rate(optimizer, settings, step)
+            cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+            assert rate == pytest.approx(2.0 * cosine * min(1, (step + 1) / rising))
+            found = {}
+            for group in optimizer.param_groups:
+                assert found.keys().isdisjoint(group["params"])
+                found |= dict.fromkeys(group["params"], (group["lr"], group["weight_decay"]))
+            assert found.keys() == set(model.parameters())
+            decay = 0.3 if step < steps // 2 else 0
+            assert found[block.attention.wq.weight] == found[block.adaLN_modulation[1].weight] == (rate, decay)
+            assert found[block.attention.wq.alphas] == (0.2 * rate, 0)
+            for p in (block.ffn_norm.weight, block.adaLN_modulation[1].bias, model.final_layer.linear.weight):
+                assert found[p] == (rate, 0)
+
+
+@pytest.mark.parametrize("ema_decay", [0.5, 0.9999])
+def test_the_average_by_hand(ema_decay):
+    """Its decay is (1 + n) / (10 + n) at step n, at most ema_decay, so a short run forgets the weights of its start."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = torch.nn.Linear(1, 1, bias=False)
+    want = 0.0
+    for n in range(40):
+        model.weight.data.fill_(n**2)
+        train.update_average(SimpleNamespace(settings=TrainConfig(ema_decay=ema_decay), step=n, ema=ema, model=model))
+        decay = min(ema_decay, (1 + n) / (10 + n)) if n else 0
+        want = decay * want + (1 - decay) * n**2
+        assert ema.weight.item() == pytest.approx(want, rel=1e-6)
+
+
+def codes_of(model):
+    """One code in 17 of each ternary matrix."""
+    matrices = [module.weight for module in model.modules() if isinstance(module, terdit.TernaryLinear)]
+    return torch.cat([ternarize(weight).flatten()[::17] for weight in matrices])
 
 
 def test_the_loss_falls_and_files_appear(tmp_path, capsys):
-    run(tmp_path, "--steps", 150, "--batch", 16, "--grid", 10, "--sample-every", 100)
-    assert set(os.listdir(tmp_path)) == {"state-0000150", "packed.pt", "log.csv", "curve.png", "lock", "grid.png",
-                                         "grid-0000100.png"}  # fmt: skip
-    shown = capsys.readouterr().out
-    for text in ("step 150/150", "ETA 0:00:00", "packed.pt", "grid.png"):
-        assert text in shown
+    torch.manual_seed(0)
+    before = codes_of(DiT(Config(**SIZES["tiny"] | dict(input_size=8))))
+    state = run(tmp_path, "--steps", 100, "--batch", 16, "--grid", 12, "--save-every", 95)
+    names = {"state-0000095.pt", "state-0000100.pt", "packed.pt", "log.csv", "lock", "grid-0000095.png", "grid.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert Image.open(tmp_path / "grid.png").size == (10 * 8 * 12, 2 * 8 * 12)  # 12 images of 10 classes, 12 x as large
+    shown = capsys.readouterr()
+    assert "200 images of 8 pixels, steps 0-100 of 16 images, 16 at a time" in shown.out
+    assert "step 100/100, loss 0." in shown.err
 
+    header = "step,loss,val_loss,lr,grad_norm,images_per_s,zero,flipped,distill"
+    assert (tmp_path / "log.csv").read_text().splitlines()[0] == header
     log = read_log(tmp_path / "log.csv")
-    assert [row["step"] for row in log] == list(range(10, 151, 10))
+    assert [row["step"] for row in log] == [*range(10, 91, 10), 95, 100]
     assert np.mean([row["loss"] for row in log[-3:]]) < 0.6 * log[0]["loss"]
-    for row in log:
-        for name in ("mse_q1", "mse_q2", "mse_q3"):
-            assert row[name] > 0
-    assert 0 < log[-1]["val_loss"] < 1.5
-    # Codes are counted every 100 steps.
-    assert 0 < log[9]["flipped"] < log[9]["zero"] < 1
-    assert "flipped" not in log[8]
-
-    config = load_model(tmp_path / "packed.pt").config
-    assert config.class_names == list("0123456789")
-    teraflop_an_image = train.training_flops(config) / 1e12
-    for row in log:
-        assert row["tflops"] == pytest.approx(row["images_per_s"] * teraflop_an_image, rel=1e-4)
+    assert all(row["images_per_s"] > 0 and row["grad_norm"] > 0 for row in log)
+    after = codes_of(model_of(state, "model"))
+    assert log[-1]["zero"] == pytest.approx((after == 0).double().mean().item(), rel=1e-5)
+    assert 0 < log[-1]["flipped"] == pytest.approx((after != before).double().mean().item(), rel=1e-5)
 
 
-def test_packed_file_is_the_averaged_model(tmp_path):
-    state = run(tmp_path, "--steps", 3)
-    got = dict(load_model(tmp_path / "packed.pt").state_dict())
-    assert same(got, dict(pack_model(model_of(state, "ema")).state_dict()))
-    assert not same(got, dict(pack_model(model_of(state, "model")).state_dict()))
+@pytest.mark.parametrize("flags", [[], ["--no-adaln-norm"], ["--full-precision"]])
+def test_the_average_is_validated_and_exported(tmp_path, flags):
+    state = run(tmp_path, "--steps", 4, *flags)
+    averaged = model_of(state, "ema")
+    trained = model_of(state, "model")
+    config = averaged.config
+    assert config.ternary == (flags != ["--full-precision"]) and config.adaln_norm == (not flags)
+    saved = load_model(tmp_path / ("packed.pt" if config.ternary else "full.pt"))
+    if config.ternary:
+        averaged, trained = pack_model(averaged), pack_model(trained)
+    assert saved.config == config
+    assert same(dict(saved.state_dict()), dict(averaged.state_dict()))
+    assert not same(dict(saved.state_dict()), dict(trained.state_dict()))
+
+    x0, y = (z[:16] for z in train.digits(256, 8, 1))  # other images than those that are learned from
+    noise = torch.randn(x0.shape, generator=train.generator(0, 3))
+    diffusion = GaussianDiffusion(prediction="v")
+    loss = diffusion.training_losses(saved, x0, torch.arange(16) * 1000 // 16, y, noise)["loss"].mean().item()
+    assert read_log(tmp_path / "log.csv")[-1]["val_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("flag, file", [("--full-precision", "full.pt"), ("--no-adaln-norm", "packed.pt")])
-def test_ablations_run(tmp_path, flag, file):
-    config = Config(**run(tmp_path, "--steps", 2, flag)["config"])
-    assert config.ternary == (flag != "--full-precision")
-    assert config.adaln_norm is False
-    assert load_model(tmp_path / file).config == config
-
-
-def test_micro_batches_and_checkpointing_change_nothing_but_memory(tmp_path):
+def test_micro_batches_add_up_to_the_batch(tmp_path):
     whole = run(tmp_path / "whole", "--steps", 3, "--micro-batch", 4)["tensors"]
     parts = run(tmp_path / "parts", "--steps", 3, "--micro-batch", 3)["tensors"]
-    again = run(tmp_path / "again", "--steps", 3, "--checkpointing")["tensors"]
     for name, want in whole.items():
         assert torch.allclose(parts[name], want, atol=1e-4), name
-        assert torch.allclose(again[name], want, atol=1e-4), name
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch, capsys):
-    def broken(*args, **kwargs):
-        raise RuntimeError("no compiler\nmore")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert train.can_compile("cpu") is False
-    assert "(no compiler): training without it" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("change", [{}, dict(ternary=False, adaln_norm=False), dict(learn_sigma=True, patch_size=2)])
-def test_training_flops_are_what_torch_counts(change):
-    """A forward pass as torch counts it, and twice as much for the backward pass."""
-    config = Config(**SIZES["tiny"] | change)
-    x = torch.randn(1, config.in_channels, config.input_size, config.input_size)
-    with FlopCounterMode(display=False) as counter:
-        DiT(config)(x, torch.tensor([0]), torch.tensor([0]))
-    assert train.training_flops(config) == 3 * counter.get_total_flops()
-
-
-def test_training_flops_by_hand():
-    # The 4.2B model: 32 layers, 256 tokens, 4 matrices of 3072 x 3072 and 3 of 3072 x 8192, 2 FLOP a weight, three
-    # passes. Attention, adaLN and the embeddings are what is left.
-    matmuls = 3 * 32 * 256 * 2 * (4 * 3072**2 + 3 * 3072 * 8192)
-    assert matmuls < train.training_flops(Config(**SIZES["4.2B"])) < 1.05 * matmuls
-
-
-# Resume ---------------------------------------------------------------------------------------------------------------
-
-
-def test_resume_is_exact(tmp_path, monkeypatch):
-    """12 steps = 7 steps, a stop by signal, and 5 more: the same bits everywhere, log.csv included."""
-    whole = run(tmp_path / "whole", "--steps", 12)
-    update = train.AveragedModel.update_parameters
-    steps_done = 0
-
-    def send_sigterm_at_step_6(*args):
-        nonlocal steps_done
-        steps_done += 1
-        if steps_done == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(*args)
-
-    monkeypatch.setattr(train.AveragedModel, "update_parameters", send_sigterm_at_step_6)
-    with pytest.raises(SystemExit) as e:
-        run(tmp_path / "halves", "--steps", 12)
-    assert e.value.code == 128 + signal.SIGTERM
-    assert load_run(tmp_path / "halves")["step"] == 7  # one step after the signal
-
-    halves = run(tmp_path / "halves", "--steps", 12)
-    for key in ("step", "config", "tensors"):
-        assert same(whole[key], halves[key]), key
-    whole_log = read_log(tmp_path / "whole/log.csv")
-    halves_log = read_log(tmp_path / "halves/log.csv")
-    # Not the loss: it is a mean of the steps since the row before, or since the resume.
-    for key in ("step", "grad_norm", "lr", "val_loss"):
-        assert [row.get(key) for row in halves_log] == [row.get(key) for row in whole_log]
-
-
-def test_another_seed_trains_another_model(tmp_path):
-    one = run(tmp_path / "one", "--steps", 2)
-    other = run(tmp_path / "other", "--steps", 2, "--seed", 1)
-    assert not same(weights(one, "model"), weights(other, "model"))
-
-
-def test_killed_runs_go_on_exactly(tmp_path):
-    """SIGKILL at random moments leaves whole states. The same command then ends as if nothing had happened."""
-    faults = Faults(tmp_path, steps=24)
-    results = [faults.run(seed=i) for i in range(3)]
-    assert all(r["identical"] for r in results), results
-    assert sum(r["kills"] for r in results) > 0
-
-
-def test_the_last_two_states_are_kept(tmp_path):
-    run(tmp_path, "--steps", 9, "--save-every", 2)
-    assert [path.name for path in train.states(tmp_path)] == ["state-0000008", "state-0000009"]
-
-
-def test_log_reads_as_one_run(tmp_path):
-    """A run that goes on from step 10 writes the rows after it anew."""
-    run(tmp_path, "--steps", 20, "--save-every", 10)
-    shutil.rmtree(tmp_path / "state-0000020")
-    run(tmp_path, "--steps", 20, "--save-every", 10)
-    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [10, 20]
-
-
-@pytest.mark.parametrize(
-    "flags, field",
-    [
-        ("--no-adaln-norm", "adaln_norm"),
-        ("--full-precision", "ternary"),
-        ("--seed 1", "seed"),
-        ("--batch 8", "batch"),
-        ("--lr 1e-5", "lr"),
-        ("--image-size 12", "input_size"),
-    ],
-)
-def test_resume_with_other_flags_is_refused(tmp_path, flags, field):
-    run(tmp_path, "--steps", 2)
-    with pytest.raises(ValueError, match=f"was trained with {field}="):
-        run(tmp_path, "--steps", 3, *flags.split())
-
-
-def test_fresh_starts_over(tmp_path):
-    run(tmp_path, "--steps", 2)
-    state = run(tmp_path, "--steps", 3, "--seed", 1, "--fresh")
-    assert state["step"] == 3
-    assert state["seed"] == 1
-    assert len(train.states(tmp_path)) == 1
-
-
-def test_a_run_can_be_made_longer_but_not_shorter(tmp_path):
-    run(tmp_path, "--steps", 3)
-    assert run(tmp_path, "--steps", 5)["step"] == 5
-    with pytest.raises(ValueError, match="at step 5 already, --steps says 4"):
-        run(tmp_path, "--steps", 4)
-
-
-@pytest.fixture
-def two_states(tmp_path):
-    """A run folder with the states of steps 1 and 2."""
-    run(tmp_path, "--steps", 2, "--save-every", 1)
-    return tmp_path
-
-
-def test_a_damaged_run_json_is_refused(two_states):
-    file = two_states / "state-0000002/run.json"
-    text = file.read_text()
-    damaged_texts = {
-        "{}": "damaged",
-        text[:50]: "damaged",
-        text.replace(train.STATE, "x"): "format='x'",
-        text.replace('"dim": 64', '"dim": 32'): "dim=32, this command says 64",
-    }
-    for damaged, message in damaged_texts.items():
-        file.write_text(damaged)
-        with pytest.raises(ValueError, match=f"state-0000002.*{message}"):
-            run(two_states, "--steps", 3)
-
-
-def test_a_damaged_state_is_refused_and_may_be_deleted(two_states):
-    state = two_states / "state-0000002"
-    tensors = next(state.glob("*.distcp"))
-    content = tensors.read_bytes()
-    tensors.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="state-0000002: damaged .*; delete it to go on from the one before"):
-        run(two_states, "--steps", 3)
-    shutil.rmtree(state)
-    assert run(two_states, "--steps", 3)["step"] == 3
-
-
-def test_another_version_of_torch_is_told(two_states, capsys):
-    file = two_states / "state-0000002/run.json"
-    file.write_text(file.read_text().replace(f'"torch": "{torch.__version__}', '"torch": "2.6.0'))
-    run(two_states, "--steps", 3)
-    assert "by torch 2.6.0" in capsys.readouterr().out
-
-
-def no_space(*args, **kwargs):
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("full_at", ["tensors", "run.json"])
-def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch, full_at):
-    run(tmp_path, "--steps", 2)
-    before = load_run(tmp_path)["tensors"]
-    atomic_write = train.atomic_write
-
-    def no_space_for_run_json(path, write):
-        if path.name == "run.json":
-            no_space()
-        atomic_write(path, write)
-
-    if full_at == "tensors":
-        monkeypatch.setattr(torch, "save", no_space)
-    else:
-        monkeypatch.setattr(train, "atomic_write", no_space_for_run_json)
-    with pytest.raises(OSError, match="state-0000004: cannot be written .*No space left.*state-0000002 is whole"):
-        run(tmp_path, "--steps", 4)
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.glob("state-*")] == ["state-0000002"]
-    assert same(load_run(tmp_path)["tensors"], before)
-
-
-def infinite(out):
-    return out * float("inf")
-
-
-def without_gradient(out):
-    return out + (0 * out).sqrt()  # the same values, but the slope of the root is infinite at 0
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (infinite, r"step 4: loss nan, gradient norm nan, not finite: stopped"),
-        (without_gradient, r"step 4: loss \d\.\d+, gradient norm nan, not finite: stopped"),
-    ],
-)
-def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch, change, message):
-    run(tmp_path, "--steps", 4)
-    before = load_run(tmp_path)["tensors"]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_alone_are_in_bf16(tmp_path, monkeypatch, dtype):
+    seen = set()
     forward = terdit.FeedForward.forward
-    monkeypatch.setattr(terdit.FeedForward, "forward", lambda self, x: change(forward(self, x)))
-    with pytest.raises(ValueError, match=message + r"; .*state-0000004 holds the last good state"):
+
+    def forward_and_note(self, x):
+        seen.update([self.w1(x).dtype, x.dtype])
+        return forward(self, x)
+
+    monkeypatch.setattr(terdit.FeedForward, "forward", forward_and_note)
+    state = run(tmp_path, "--steps", 1, "--dtype", "fp32" if dtype == torch.float32 else "bf16")
+    assert seen == {dtype, torch.float32}
+    assert {value.dtype for value in state["tensors"].values()} == {torch.float32}
+
+
+def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    before = run(tmp_path, "--steps", 4)["tensors"]
+    forward = terdit.FeedForward.forward
+    # The loss stays as it is, but the slope of a root is infinite at 0.
+    monkeypatch.setattr(terdit.FeedForward, "forward", lambda self, x: forward(self, x) + (0 * x).sqrt())
+    with pytest.raises(ValueError, match="step 5: loss 0.*, gradient norm nan, not finite: stopped; .* keeps what was"):
         run(tmp_path, "--steps", 9)
-    assert same(load_run(tmp_path)["tensors"], before)
+    assert same(train.read_state(tmp_path)["tensors"], before)
 
 
-# Fine-tuning (--init) -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_init_of_full_precision_starts_alphas_at_mean_abs_and_the_norm_at_the_size_that_was_there():
+    full = awake(DiT(Config(**SMALL, ternary=False, adaln_norm=False, class_names=list("abcde"))))
+    model = DiT(replace(full.config, ternary=True, adaln_norm=True))
+    train.init_from(model, full, "full.pt")
+    c = full.t_embedder(torch.linspace(0, 999, 50)) + full.y_embedder.embedding_table.weight.mean(0)
+    for ours, theirs in zip(model.layers, full.layers):
+        weight = theirs.attention.wq.weight
+        assert torch.equal(ours.attention.wq.weight, weight)
+        assert ours.attention.wq.alphas.item() == pytest.approx(weight.abs().mean().item())
+        want = theirs.adaLN_modulation(c).square().mean().sqrt()
+        assert torch.allclose(ours.adaLN_modulation[2].weight, want, rtol=1e-4)
 
 
-@pytest.fixture
-def source(tmp_path):
-    """The run folder of a ternary model that was trained for three steps."""
+def test_fine_tuning_to_other_classes_makes_a_new_label_table_alone(tmp_path, capsys):
     run(tmp_path / "source", "--steps", 3)
-    return tmp_path / "source"
-
-
-def build_from(path):
-    config, state = train.read_init(path)
-    return train.build_model(config, state)
-
-
-@pytest.mark.parametrize("name", ["packed.pt", "state-0000003"])
-def test_init_keeps_codes_and_alphas(source, name):
-    got = pack_model(build_from(source / name))
-    want = load_model(source / "packed.pt")
-    assert same(dict(got.state_dict()), dict(want.state_dict()))
-
-
-def test_init_from_full_precision_starts_alphas_at_mean_abs(tmp_path):
-    run(tmp_path, "--steps", 3, "--full-precision")
-    config, state = train.read_init(tmp_path / "full.pt")
-    model = train.build_model(replace(config, ternary=True), state)
-    wq = model.layers[0].attention.wq
-    assert wq.alphas.item() == pytest.approx(wq.weight.abs().mean().item())
-
-
-def test_init_latents_of_a_released_model_round_to_its_codes():
-    model = load_model(RELEASED["terdit"], n_heads=4)
-    _, state = train.read_init(RELEASED["terdit"])
-    for name, module in model.named_modules():
-        if isinstance(module, PackedTernaryLinear):
-            latents = state[f"{name}.weight"]
-            assert torch.equal(ternarize(latents).to(torch.int8), unpack_ternary(module.weight)), name
-
-
-def test_fine_tuning_to_other_classes_makes_a_new_label_table(source, tmp_path, capsys):
     for name in ("cat", "dog"):
         save_image(tmp_path / f"data/{name}/x.png")
-    flags = ["--lr", 1e-9, "--data", tmp_path / "data"]
-    init = ["--init", source / "packed.pt"]
-    state = run(tmp_path / "tuned", "--steps", 1, *flags, *init)
+    flags = ["--lr", 1e-9, "--data", tmp_path / "data", "--init", tmp_path / "source"]
+    assert run(tmp_path / "tuned", "--steps", 1, *flags)["class_names"] == ["cat", "dog"]
     assert "new label table" in capsys.readouterr().out
-    assert state["config"]["class_names"] == ["cat", "dog"]
-
-    before = load_model(source / "packed.pt").state_dict()
+    before = load_model(tmp_path / "source/packed.pt").state_dict()
     after = load_model(tmp_path / "tuned/packed.pt").state_dict()
-    table = "y_embedder.embedding_table.weight"
-    assert len(before.pop(table)) == 11
-    assert len(after.pop(table)) == 3
-    assert before.keys() == after.keys()
+    assert len(before.pop(train.LABEL_TABLE)) == 11 and len(after.pop(train.LABEL_TABLE)) == 3
     for name in before:
         assert torch.allclose(before[name].float(), after[name].float(), atol=1e-6), name
+    (tmp_path / "source").rename(tmp_path / "moved")  # the state has the weights
+    assert run(tmp_path / "tuned", "--steps", 2, *flags)["step"] == 2
 
-    assert run(tmp_path / "tuned", "--steps", 2, *flags, *init)["step"] == 2  # the same command goes on
-    with pytest.raises(ValueError, match="was trained with other weights of --init"):
-        run(tmp_path / "tuned", "--steps", 3, *flags)
+
+def settings_of(*flags):
+    given = train.parse_args(list(flags))
+    return train.make_settings(given, Config(**SIZES[given["size"]]), {})
+
+
+def test_each_size_has_its_recipe_and_the_command_the_last_word():
+    for size, images, qk_norm in (("tiny", 72_000, False), ("600M", 448e6, True), ("4.2B", 604_160_000, True)):
+        settings = settings_of("--size", size)
+        assert settings.batch * settings.steps == images and settings.qk_norm == qk_norm
+        settings = settings_of("--size", size, "--batch", "3", "--no-qk-norm", "--no-flip")
+        assert (settings.batch, settings.qk_norm, settings.flip) == (3, False, False)
+
+
+def test_help_shows_every_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    train_defaults = {f.name: f.default for f in fields(TrainConfig)}
+    sample_defaults = vars(sample.parse_args(["--ckpt", "x"])) | dict(ckpt=None, steps=16, sampler="dpm", device="cuda")
+    for script, defaults in ((train, train_defaults), (sample, sample_defaults)):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        flags = re.split(r"\n  --", capsys.readouterr().out)
+        for name, default in defaults.items():
+            [told] = [text for text in flags if re.match(name.replace("_", "-") + r"[ ,\n]", text)]
+            assert default is None or f"default {default}" in told
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, code, message",
     [
-        (["--init", RELEASED["terdit"]], "works on 4 channels, latents of"),
-        (["--init", "missing.pt"], "no such file"),
-        (["--init", "packed.pt", "--no-adaln-norm"], "has an RMS Norm after adaLN"),
-        (["--init", "packed.pt", "--full-precision"], "is ternary: it cannot be trained on with --full-precision"),
-        (["--init", "packed.pt", "--qk-norm"], "was trained with qk_norm=False"),
-        (["--init", "packed.pt", "--image-size", "16"], "learned positions for images of 8x8"),
-        (["--init", "packed.pt", "--size", "tiny"], "leave out --size"),
+        ("--steps 0", 2, "--steps: got 0, expected at least 1"),
+        ("--batch -3", 2, "--batch: got -3"),
+        ("--init x.pt --size tiny", 2, "leave out --size"),
+        ("--vae some/vae", 2, "--vae: needs --data"),
+        ("--image-size 26", 1, "image size 26 is not a multiple of the patch size 4"),
+        ("--out old", 1, "old holds states of an older train.py"),
+        ("--data missing", 1, "missing: no such folder"),
+        ("--init missing.pt", 1, "missing.pt: no such file"),
+        ("--teacher missing.pt", 1, "missing.pt: no such file"),
+        ("--init full.pt", 1, "works on latents of some/vae: add --data and --vae"),
+        ("--init packed.pt --image-size 16", 1, "its pos_embed is"),
+        ("--init packed.pt --full-precision", 1, "its layers.0.adaLN_modulation.1.alphas is"),
+        ("--init packed.pt --no-adaln-norm", 1, "its layers.0.adaLN_modulation.2.weight is"),
     ],
 )
-def test_init_refuses(source, tmp_path, monkeypatch, flags, message):
-    monkeypatch.chdir(source)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run(tmp_path / "out", "--steps", 1, *flags)
+def test_refused_in_one_line_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old/state-0000010").mkdir(parents=True)
+    (tmp_path / "old/state-0000010/run.json").touch()
+    small = Config(**SMALL | dict(pos_embed=True))
+    save_checkpoint("packed.pt", pack_model(DiT(small)))
+    save_checkpoint("full.pt", DiT(replace(small, ternary=False, adaln_norm=False, vae="some/vae")))
+    with pytest.raises(SystemExit) as e:
+        train.run_main(lambda: train.main(["--out", "run", "--steps", "1", *flags.split()]))
+    # A code that is text is printed, and the system's code is 1.
+    line = e.value.code if code == 1 else f"{e.value.code} {capsys.readouterr().err.splitlines()[-1]}"
+    assert line.startswith("error: " if code == 1 else "2 ")
+    assert message in line and "\n" not in line
+    assert not [path for path in tmp_path.glob("run/*") if path.name != "lock"]
+
+
+def test_memory_by_hand_and_the_micro_batch_that_fits(tmp_path, monkeypatch):
+    """20 bytes a weight (itself, gradient, two moments, average), which processes share, and on each of them a code and
+    what the product takes. Of an image autograd was seen to keep 7.4 MB in a block of S; half as much may be lost."""
+    for world in (1, 4):
+        fixed, image = train.memory_needed(Config(**SIZES["S"]), "bf16", "cpu", world)
+        assert 32.9e6 * (20 / world + 1 + 2) < fixed < 1.25 * 32.9e6 * (20 / world + 1 + 2)
+        assert 12 * 7.4e6 < image < 1.5 * 12 * 7.4e6
+    settings = settings_of("--size", "600M", "--device", "cpu", "--dtype", "bf16")
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(train, "Path", lambda path: tmp_path / os.path.basename(path))
+    for gib, size, want in ((16, "600M", 2), (24, "600M", 4), (99, "600M", 4), (24, "tiny", 16)):  # 4: to show life
+        meminfo.write_text(f"MemAvailable: {gib * 2**20} kB\n")
+        assert train.choose_micro_batch(Config(**SIZES[size]), settings) == want
+    meminfo.write_text(f"MemAvailable: {8 * 2**20} kB\n")
+    with pytest.raises(ValueError, match=r"^this run needs 1\d\.\d GB, 8.6 GB are free: take .* --micro-batch 1 .*$"):
+        train.choose_micro_batch(Config(**SIZES["600M"]), settings)
