@@ -221,6 +221,7 @@ def main():
     else:
         results = [rate_samples(path, args) for path in args.ckpt]
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))
 
 

@@ -8,7 +8,6 @@
 layers: "ours" is packed_linear, which on a CPU is exact for few rows and else rounds activations to int8; "plain" first
 unpacks the weight to bf16 in memory. models: one set of random weights; packed, with products in int8, bf16 and fp32
 (on a CPU that is what TerDiT's released code does), and dense in bf16. Errors are relative to products in fp32.
-
 Rivals take turns, so that a busy machine slows all of them. Times are medians; a ratio is the median of its values in
 each turn, with their quartiles behind it.
 """
@@ -216,7 +215,7 @@ def guided_step(model, device):
 
 
 def make_model_work(size, image_size, mode, device, steps):
-    """-> function of a job: seconds of a "step" or of an "image" of so many steps, "bytes" so far, a step's "output"."""
+    """-> function of a job: seconds of a "step" or an "image" of so many steps, "bytes" so far, a step's "output"."""
     model = random_model(size, image_size, mode, device)
 
     def work(job):
@@ -323,6 +322,7 @@ def main():
     print(f"{torch.get_num_threads()} threads, {args.device}, torch {torch.__version__}")
     results = {name: part(args) for name, part in parts.items() if args.part in (None, name)}
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1))
 
 
