@@ -227,7 +227,7 @@ def parse_args(argv=None):
     flag("--seed", type=int, default=0, help="of the noise (default 0)")
     flag("--batch", type=int, default=100, help="images at a time, of each process (default 100)")
     flag("--out", help="default grid.png or samples.npz")
-    flag("--device", choices=DEVICES, default=DEVICES[0], help="default cuda, if there is one")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help=f"default {DEVICES[0]}")
     flag("--dtype", choices=DTYPES, help="of ternary products; default bf16 on a GPU; on a CPU int8 for latents")
     flag("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
     flag("--n-heads", type=int, help="of a released model, if they are not 32")

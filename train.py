@@ -133,13 +133,13 @@ def make_settings(given, base, saved):
             raise ValueError(f"--init {given['init']} works on latents of {base.vae}: add --data and --vae")
     if "vae" in given:
         values["image_size"] = 256
-    if is_cache(given.get("data")):
+    if Path(given.get("data", ""), "header.json").is_file():  # a cache
         header = Rows(Path(given["data"]), {}).header
         values |= dict(vae=header["vae"], image_size=header["image_size"])
     settings = TrainConfig(**values | saved | given)
     if settings.vae and "grid" not in given:
         settings.grid = 0  # a VAE takes seconds to decode an image on a CPU
-    if settings.vae and os.path.isdir(settings.vae):
+    if settings.vae and any(map(os.path.isdir, [settings.vae, os.path.dirname(settings.vae)])):  # a folder, or moved
         settings.vae = os.path.realpath(settings.vae)  # the checkpoint names it, and is sampled from other folders
     multiplies_bf16 = cpu_has("avx512_bf16", "amx_bf16")
     if settings.device == "cuda":
@@ -208,9 +208,8 @@ def setup(given):
     if state:
         fill_tensors(run_tensors(run), state["tensors"])
         run.step = state["step"]
-    if settings.fresh and rank == 0:  # only now, after all checks: a wrong command must not delete states
-        for old in states(settings.out):
-            old.unlink()
+    for old in states(settings.out) if settings.fresh and rank == 0 else []:
+        old.unlink()  # only now, after all checks: a wrong command must not delete states
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{n_params:.2f}M parameters, {len(data.train_index)} images of {settings.image_size} pixels, steps "
           f"{run.step}-{settings.steps} of {settings.batch} images, {settings.micro_batch} at a time, {world} x "
@@ -261,11 +260,10 @@ def train(run):
         upcoming = pool.submit(draw_batch, run, run.step + 1)  # a thread draws it while this step is computed
         lr = set_learning_rate(run.optimizer, settings, run.step)
         run.stats = train_step(run, batch, progress)
-        seconds = time.time() - start
         stopped = stop.requested()
         is_last = run.step == settings.steps
         saving = is_last or run.step % settings.save_every == 0
-        log.add(run.stats, lr, seconds, saving)
+        log.add(run.stats, lr, time.time() - start, saving)
         if saving or stopped:
             save_state(run)
         if saving and settings.grid and ranks()[0] == 0:
@@ -478,27 +476,32 @@ def can_compile(device):
 def choose_micro_batch(config, settings):
     """The most images at a time that fit in memory, by memory_needed. ValueError: not even one does."""
     share = settings.batch // ranks()[1]
-    if settings.device == "cpu" and config.dim > SIZES["small"]["dim"]:
-        share = min(share, 4)  # so that the progress line moves every few seconds
-    meminfo = Path("/proc/meminfo")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of the container
     if settings.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
-    elif not meminfo.is_file():  # macOS: all that there is
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
-        if limit.is_file() and limit.read_text().strip().isdigit():
-            used = int(limit.with_name("memory.current").read_text())
-            cached = limit.with_name("memory.stat").read_text().split("inactive_file")[1].split()[0]  # can be dropped
-            free = min(free, int(limit.read_text()) - used + int(cached))
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if config.dim > SIZES["small"]["dim"]:
+            share = min(share, 4)  # so that the progress line moves every few seconds
     fixed, image = memory_needed(config, settings.dtype, settings.device, ranks()[1])
     for n in (min(share, 16), 8, 4, 2, 1):
         if n <= share and fixed + n * image < free:
             return n
     raise ValueError(f"this run needs {(fixed + image) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: take more GPUs "
                      "(torchrun) or a smaller --size; --micro-batch 1 tries it all the same")  # fmt: skip
+
+
+def free_memory():
+    """Bytes that can still be taken of the machine and its container."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():  # macOS: all that there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int(limit.with_name("memory.current").read_text())
+        cached = int(limit.with_name("memory.stat").read_text().split("inactive_file")[1].split()[0])  # can be dropped
+        free = min(free, int(limit.read_text()) - used + cached)
+    return free
 
 
 def memory_needed(config, dtype, device, world=1):
@@ -573,7 +576,7 @@ def fill_tensors(tensors, values):
 # The state of a run: one file, with everything that an exact resume needs
 
 STATE = "terdit-state-4"
-COMPARED = "batch lr warmup beta2 weight_decay decay_until ema_decay seed flip teacher teacher_weight images".split()
+COMPARED = "teacher teacher_weight batch lr warmup beta2 weight_decay decay_until ema_decay seed flip images".split()
 
 
 def states(out):
@@ -633,10 +636,13 @@ def read_state(out):
     state = None
     if ranks()[0] == 0 and states(out):
         path = states(out)[-1]
-        expected = f"a state of this train.py ({STATE}; delete it to go on from the one before)"
-        state = read_checkpoint(path, expected, mmap=True)
-        if state.get("format") != STATE:
-            raise ValueError(f"{path}: not {expected}")
+        expected = f"a state of this train.py (format {STATE!r})"
+        try:
+            state = read_checkpoint(path, expected, mmap=True)
+            if state.get("format") != STATE:
+                raise ValueError(f"{path}: not {expected}")
+        except ValueError as e:
+            raise ValueError(f"{e}. Delete it to go on from the one before, or --fresh") from None
     elif ranks()[0] == 0 and list(Path(out).glob("state-*/run.json")):
         raise ValueError(f"{out} holds states of an older train.py, which this one cannot read: go on with that one, "
                          "delete the folders state-*, or take another --out")  # fmt: skip
@@ -757,21 +763,21 @@ def label_rows(their_names, our_names):
 def require_same(flag, theirs, ours, names):
     for name in names:
         if getattr(theirs, name) != getattr(ours, name):
-            raise ValueError(f"{flag} has {name}={getattr(theirs, name)!r}, this run {getattr(ours, name)!r}")
+            raise ValueError(f"{flag} has {name}={getattr(theirs, name)!r}, the student {getattr(ours, name)!r}")
 
 
 @torch.no_grad()
 def init_from(model, source, path):
     """Copy the weights of the model `source`, loaded from `path`, into a fresh model of the same shape.
-    Codes become latent weights of +-|alpha| and 0, which round back to them. From full precision alphas start at mean|W|,
-    and the RMS Norm's gain keeps the size of the adaLN outputs, at 50 timesteps. Other classes get a new label table."""
+    Codes become latent weights of +-|alpha| and 0, which round back to them. From full precision alphas start at
+    mean|W|, and the RMS Norm's gain keeps the size of the adaLN outputs. Other classes get a new label table."""
     require_same(f"--init {path}", source.config, model.config, ["in_channels"])
     ours = model.state_dict()
     theirs = source.state_dict()
     for name, module in source.named_modules():
         if isinstance(module, PackedTernaryLinear):
             theirs[f"{name}.weight"] = unpack_ternary(module.weight) * module.alphas.abs()
-    c = source.t_embedder(torch.linspace(0, 999, 50)) + theirs[LABEL_TABLE].mean(0)
+    c = source.t_embedder(torch.linspace(0, 999, 50)) + theirs[LABEL_TABLE].mean(0)  # 50 timesteps
     rows = label_rows(source.config.class_names, model.config.class_names)
     if rows:
         theirs[LABEL_TABLE] = theirs[LABEL_TABLE][rows]
@@ -890,19 +896,15 @@ def glyph(digit, stroke):
     return image
 
 
-def is_cache(folder):
-    return folder is not None and (Path(folder) / "header.json").is_file()
-
-
 def open_cache(settings, base):
     """-> Rows of --data: a cache, or the one in the run folder, which is made here and filled by load_images.
     The VAE is asked first: the shape of a black image's latents is that of the model's inputs."""
     wanted = dict(vae=settings.vae, image_size=settings.image_size)
     cache = Path(settings.data)
-    if not is_cache(cache):
+    if not (cache / "header.json").is_file():
         wanted["source"] = str(cache.resolve())
         cache = Path(settings.out) / f"{'latents' if settings.vae else 'images'}-{settings.image_size}"
-    if ranks()[0] == 0 and not is_cache(cache):
+    if ranks()[0] == 0 and not (cache / "header.json").is_file():
         size = settings.image_size
         vae = load_vae(settings.vae, settings.device) if settings.vae else None
         scale = vae.config.scaling_factor if vae else 1.0
@@ -980,16 +982,14 @@ def list_images(folder, out):
     Two ways to write a name (é or e + accent) are one class: names are in Unicode's form NFC, which keyboards type."""
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
-
-    def stop(error):
-        raise error  # os.walk would leave out a folder that it cannot list
-
     ours = {out, *out.parents} if out else {}  # a run folder within --data holds grids, no class
     files = []  # path within the folder, name of its class
     n_unused = 0
-    for root, subfolders, names in os.walk(folder, onerror=stop, followlinks=True):
+    for root, subfolders, names in os.walk(folder, followlinks=True):
         hidden = {name for name in subfolders if name.startswith(".") or name in ("__MACOSX", "@eaDir")}
         subfolders[:] = [name for name in subfolders if name not in hidden and Path(root, name).resolve() not in ours]
+        for name in subfolders:
+            os.scandir(Path(root, name)).close()  # os.walk would leave out what it cannot list, and its class with it
         for path in [Path(root, name) for name in names]:
             inside = path.relative_to(folder).parts
             is_image = path.suffix.lower() in Image.registered_extensions() and path.name[0] != "." and path.is_file()

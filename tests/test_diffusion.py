@@ -165,7 +165,8 @@ def test_vb_teaches_sigma_alone():
         return out
 
     t = torch.tensor([0, 1, 500, 999])
-    GaussianDiffusion().training_losses(model, torch.rand(4, 3, 4, 4), t, None, torch.randn(4, 3, 4, 4))["vb"].sum().backward()
+    x0 = torch.rand(4, 3, 4, 4)
+    GaussianDiffusion().training_losses(model, x0, t, None, torch.randn_like(x0))["vb"].sum().backward()
     prediction_grad, sigma_grad = out.grad.chunk(2, dim=1)
     assert (prediction_grad == 0).all()
     assert (sigma_grad != 0).any()
@@ -262,42 +263,6 @@ def ddim_error(steps):
     model = GaussianData()
     got = GaussianDiffusion(str(steps)).ddim_sample_loop(model, start)
     return (got - model.solution(start)).abs().max().item()
-
-
-def test_dpm_is_of_second_order():
-    """Half the step, a quarter of the error: between t = 999 and 200, where lambda is smooth."""
-
-    class UpTo(GaussianDiffusion):
-        """Stops at t = 200 and puts out x there: the step before t = 0 does not count."""
-
-        def __init__(self, steps):
-            super().__init__()
-            self.timestep_map = np.round(np.linspace(200, 999, steps)).astype(int)
-            acp = self.alphas_cumprod[self.timestep_map]
-            self.num_timesteps = steps
-            self.alphas_cumprod = acp
-            self.sqrt_alphas_cumprod = np.sqrt(acp)
-            self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - acp)
-            self.sqrt_recip_alphas_cumprod = np.sqrt(1 / acp)
-            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / acp - 1)
-
-    model = GaussianData()
-    start = torch.randn(200, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    errors = []
-    for steps in (26, 51, 101):
-        diffusion = UpTo(steps)
-        got = diffusion.dpm_sample_loop(model, start)  # x0 at t = 200
-        errors.append((got - x0_on_the_exact_path(model, start, 200)).abs().max().item())
-    assert errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3
-
-
-def x0_on_the_exact_path(model, start, t):
-    acp = model.acp[t]
-    x_t = acp.sqrt() * model.mean + (acp * model.std**2 + 1 - acp).sqrt() * (
-        start - model.acp[999].sqrt() * model.mean
-    ) / (model.acp[999] * model.std**2 + 1 - model.acp[999]).sqrt()
-    eps = model(x_t, torch.full((len(start),), t))
-    return (x_t - (1 - acp).sqrt() * eps) / acp.sqrt()
 
 
 def test_dpm_clips_and_ignores_sigma():

@@ -111,9 +111,9 @@ def test_a_vae_of_another_shape_makes_the_models_shape(home, tmp_path):
     run(tmp_path / "run", *wide, image_size=16)
     config = load_model(tmp_path / "run/packed.pt").config
     assert (config.in_channels, config.input_size) == (16, 8)
-    with pytest.raises(ValueError, match="--init .*/run has in_channels=4, this run 16"):
+    with pytest.raises(ValueError, match="--init .*/run has in_channels=4, the student 16"):
         run(tmp_path / "tuned", *wide, "--init", home / "run", image_size=16)
-    with pytest.raises(ValueError, match="--teacher .*/run has in_channels=4, this run 16"):
+    with pytest.raises(ValueError, match="--teacher .*/run has in_channels=4, the student 16"):
         run(tmp_path / "taught", *wide, "--teacher", home / "run", image_size=16)
     with pytest.raises(ValueError, match=f"made with vae='{tmp_path}/vae', this command says '{home}/vae'"):
         run(tmp_path / "run", *flags(home), image_size=16)
@@ -124,8 +124,8 @@ def test_a_vae_of_another_shape_makes_the_models_shape(home, tmp_path):
     [
         ("size", 30, "--image-size 30: the VAE .* gives back 28 pixels"),
         ("size", 8, "2 is not a multiple of the patch size 4"),
-        ("VQModel", 32, "vae cannot be loaded .*VQModel, expected AutoencoderKL"),
-        ("AutoencoderTiny", 32, "vae cannot be loaded .*AutoencoderTiny, expected AutoencoderKL"),
+        ("VQModel", 32, "vae cannot be loaded .*VQModel, expected an AutoencoderKL"),
+        ("AutoencoderTiny", 32, "vae cannot be loaded .*AutoencoderTiny, expected an AutoencoderKL"),
         ("missing weights", 32, "vae is not whole: it lacks decoder.conv_in.weight"),
         ("no diffusers", 32, "the latents of the VAE .* need: pip install diffusers"),
     ],

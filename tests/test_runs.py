@@ -139,7 +139,7 @@ def test_damaged_states_are_refused_or_the_same(tmp_path, monkeypatch):
             n_refused += 1
     assert n_refused > 100
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="delete it to go on from the one before"):
+    with pytest.raises(ValueError, match="Delete it to go on from the one before"):
         run(tmp_path, "--steps", 3)
     path.unlink()
     assert run(tmp_path, "--steps", 3)["step"] == 3

@@ -138,9 +138,9 @@ def test_imagenets_folders_are_the_classes_of_released_models():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(prediction="eps"), "has prediction='eps', this run 'v'"),
-        (dict(learn_sigma=True), "has learn_sigma=True, this run False"),
-        (dict(input_size=16), "has input_size=16, this run 8"),
+        (dict(prediction="eps"), "has prediction='eps', the student 'v'"),
+        (dict(learn_sigma=True), "has learn_sigma=True, the student False"),
+        (dict(input_size=16), "has input_size=16, the student 8"),
         (dict(class_names=[*NAMES[:9], "ten"]), "has the classes .*: a teacher must know the same classes"),
     ],
 )

@@ -190,36 +190,6 @@ def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert same(train.read_state(tmp_path)["tensors"], before)
 
 
-@torch.no_grad()
-def test_init_of_full_precision_starts_alphas_at_mean_abs_and_the_norm_at_the_size_that_was_there():
-    full = awake(DiT(Config(**SMALL, ternary=False, adaln_norm=False, class_names=list("abcde"))))
-    model = DiT(replace(full.config, ternary=True, adaln_norm=True))
-    train.init_from(model, full, "full.pt")
-    c = full.t_embedder(torch.linspace(0, 999, 50)) + full.y_embedder.embedding_table.weight.mean(0)
-    for ours, theirs in zip(model.layers, full.layers):
-        weight = theirs.attention.wq.weight
-        assert torch.equal(ours.attention.wq.weight, weight)
-        assert ours.attention.wq.alphas.item() == pytest.approx(weight.abs().mean().item())
-        want = theirs.adaLN_modulation(c).square().mean().sqrt()
-        assert torch.allclose(ours.adaLN_modulation[2].weight, want, rtol=1e-4)
-
-
-def test_fine_tuning_to_other_classes_makes_a_new_label_table_alone(tmp_path, capsys):
-    run(tmp_path / "source", "--steps", 3)
-    for name in ("cat", "dog"):
-        save_image(tmp_path / f"data/{name}/x.png")
-    flags = ["--lr", 1e-9, "--data", tmp_path / "data", "--init", tmp_path / "source"]
-    assert run(tmp_path / "tuned", "--steps", 1, *flags)["class_names"] == ["cat", "dog"]
-    assert "new label table" in capsys.readouterr().out
-    before = load_model(tmp_path / "source/packed.pt").state_dict()
-    after = load_model(tmp_path / "tuned/packed.pt").state_dict()
-    assert len(before.pop(train.LABEL_TABLE)) == 11 and len(after.pop(train.LABEL_TABLE)) == 3
-    for name in before:
-        assert torch.allclose(before[name].float(), after[name].float(), atol=1e-6), name
-    (tmp_path / "source").rename(tmp_path / "moved")  # the state has the weights
-    assert run(tmp_path / "tuned", "--steps", 2, *flags)["step"] == 2
-
-
 def settings_of(*flags):
     given = train.parse_args(list(flags))
     return train.make_settings(given, Config(**SIZES[given["size"]]), {})
@@ -236,7 +206,7 @@ def test_each_size_has_its_recipe_and_the_command_the_last_word():
 def test_help_shows_every_default(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     train_defaults = {f.name: f.default for f in fields(TrainConfig)}
-    sample_defaults = vars(sample.parse_args(["--ckpt", "x"])) | dict(ckpt=None, steps=16, sampler="dpm", device="cuda")
+    sample_defaults = vars(sample.parse_args(["--ckpt", "x"])) | dict(ckpt=None, steps=16, sampler="dpm")
     for script, defaults in ((train, train_defaults), (sample, sample_defaults)):
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
