@@ -25,7 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import DEVICES, DTYPES, decode, generator, load_vae, pick_classes, run_main, sample_latents  # noqa: E402
+from sample import DEVICES, DTYPES, decode, find_checkpoint, generator, load_vae, pick_classes  # noqa: E402
+from sample import run_main, sample_latents  # noqa: E402
 from terdit import GaussianDiffusion, load_model  # noqa: E402
 from train import digits, encode, list_images, read_image  # noqa: E402
 from tests.bench_speed import report  # noqa: E402
@@ -125,7 +126,7 @@ def draw(model, y, **options):
 
 def rate_samples(path, args):
     """What the judge says of a checkpoint's samples, and how near they come to images it was trained on."""
-    model = load_model(path, dtype=DTYPES[args.dtype])
+    model = load_model(find_checkpoint(path), dtype=DTYPES[args.dtype])
     size = model.config.input_size
     exam = exam_of(size)
     y = torch.arange(args.n) % model.config.num_classes
@@ -187,7 +188,7 @@ def compare_losses(args):
     losses = []
     results = []
     for path in args.ckpt:
-        model = load_model(path, args.device, DTYPES[args.dtype])
+        model = load_model(find_checkpoint(path), args.device, DTYPES[args.dtype])
         kinds.append({name: getattr(model.config, name) for name in ("input_size", "in_channels", "vae", "prediction")})
         if kinds[-1] != kinds[0]:
             raise ValueError(f"{args.ckpt[0]} is of {kinds[0]}, {path} of {kinds[-1]}: their losses cannot be compared")

@@ -7,9 +7,8 @@
 
 layers: "ours" is packed_linear, which on a CPU is exact for few rows and else rounds activations to int8; "plain" first
 unpacks the weight to bf16 in memory. models: one set of random weights; packed, with products in int8, bf16 and fp32
-(on a CPU that is what TerDiT's released code does), and dense in bf16. Errors are relative to products in fp32.
-Rivals take turns, so that a busy machine slows all of them. Times are medians; a ratio is the median of its values in
-each turn, with their quartiles behind it.
+(on a CPU that is what TerDiT's released code does), and dense in bf16. Errors are relative to fp32. Rivals take turns,
+so that a busy machine slows all of them. Times are medians; a ratio is the median, and the quartiles, of all turns.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import statistics
 import sys
 import time
 import timeit
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,9 +36,8 @@ from tests.baselines import MetaDiT, MetaDiTConfig  # noqa: E402
 
 
 def over(times, base):
-    """-> median and quartiles of times[i] / base[i]."""
-    low, median, high = statistics.quantiles([a / b for a, b in zip(times, base)], n=4, method="inclusive")
-    return median, low, high
+    """-> lower quartile, median, upper quartile of times[i] / base[i]."""
+    return tuple(statistics.quantiles([a / b for a, b in zip(times, base)], n=4, method="inclusive"))
 
 
 def take_turns(works, seconds):
@@ -59,7 +57,7 @@ def report(**figures):
     words = []
     for name, value in figures.items():
         if isinstance(value, tuple):
-            value = f"{value[0]:.3f} ({value[1]:.3f}-{value[2]:.3f})"
+            value = f"{value[1]:.3f} ({value[0]:.3f}-{value[2]:.3f})"
         elif isinstance(value, float):
             value = f"{value:.4g}"
         words.append(f"{name} {value}")
@@ -72,7 +70,7 @@ SHAPES = {  # (N, K): where
     (3072, 3072): "4.2B attention", (8192, 3072): "4.2B w1, w3", (3072, 8192): "4.2B w2", (18432, 1024): "4.2B adaLN",
 }  # fmt: skip
 MODES = ["int8", "bf16", "fp32", "dense"]  # int8 is for CPUs
-ROWS = [1, 2, 4, 16, 512, 2048]  # of x: a guided 256x256 image has 2 in adaLN, elsewhere 2 x 256
+CASES = [("tiny", Config(**SIZES["tiny"]), 16), ("600M block", Config(**SIZES["600M"] | dict(n_layers=1)), 4)]
 CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}  # measured bf16 FLOP/s and bytes/s, of SXM boards
 
 
@@ -151,28 +149,32 @@ def layers(args):
                 figures["share_of_ceiling"] = max(2 * M * N * K / ceilings[0], n_bytes / ceilings[1]) / ours_s
             results.append(report(**figures))
     for M in args.rows:
-        medians = [row["ours_over_dense"][0] for row in results if row["M"] == M]
+        medians = [row["ours_over_dense"][1] for row in results if row["M"] == M]
         print(f"M={M}: ours / dense {statistics.median(medians):.2f} in the median of the shapes, "
               f"{min(medians):.2f} to {max(medians):.2f}")  # fmt: skip
     return results
 
 
-# Models and trainings run in processes of their own: no other's memory counts, and none reuses what another one freed.
-
-
-def prepare(make, arguments):
-    global work
+def serve(pipe, make, arguments):
     work = make(*arguments)
-
-
-def do(job):
-    return work(job)
+    with suppress(EOFError):  # nobody asks any more
+        while True:
+            pipe.send(work(pipe.recv()))
 
 
 def start(make, *arguments):
-    """-> function that has work(job) done in a new process, in which work = make(*arguments)."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare, (make, arguments))
-    return lambda job: pool.submit(do, job).result()
+    """-> function that has work(job) done in a new process, in which work = make(*arguments). In a process of its own
+    no other model's memory counts, and no memory is reused that another one has freed."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs, make, arguments), daemon=True).start()
+    theirs.close()  # if the process dies, recv() then raises EOFError; otherwise it would wait for ever
+
+    def ask(job):
+        pipe.send(job)
+        return pipe.recv()
+
+    return ask
 
 
 @torch.no_grad()
@@ -190,9 +192,10 @@ def random_model(size, image_size, mode, device):
     codes = sum(torch.randint(3, (256, 8192), dtype=torch.uint8, device=device) << shift for shift in (0, 2, 4, 6))
     for name, tensor in model.state_dict().items():
         if name.startswith("layers.") and tensor.ndim == 2:
-            n_rows = len(tensor) if tensor.dtype == torch.uint8 else len(tensor) // 4
+            is_packed = tensor.dtype == torch.uint8
+            n_rows = len(tensor) if is_packed else len(tensor) // 4
             packed = codes.repeat(n_rows // 256 + 1, 1)[:n_rows, : tensor.shape[1]]
-            tensor.copy_(packed if tensor.dtype == torch.uint8 else unpack_ternary(packed) * 0.02)
+            tensor.copy_(packed if is_packed else unpack_ternary(packed)).mul_(1 if is_packed else 0.02)
         elif tensor.ndim > 1:
             tensor.normal_(std=1.0 if "y_embedder" in name else 0.02)  # labels differ
         elif name.endswith("alphas"):
@@ -260,9 +263,6 @@ def models(args):
     return results
 
 
-CASES = [("tiny", Config(**SIZES["tiny"]), 16), ("600M block", Config(**SIZES["600M"] | dict(n_layers=1)), 4)]
-
-
 def make_training_work(config, n, bf16, compiled, device):
     """-> function that trains a model of this config for one step, always on the same n images, and times it."""
     with torch.device(device):
@@ -311,7 +311,7 @@ def main():
     flag("part", nargs="?", choices=parts)
     flag("--device", choices=DEVICES, default=DEVICES[0])
     flag("--seconds", type=float, default=5, help="of each row's turns, of which there are at least seven (default 5)")
-    flag("--rows", type=int, nargs="+", default=ROWS, help="layers: rows of x")
+    flag("--rows", type=int, nargs="+", default=[1, 2, 4, 16, 512, 2048], help="layers: M, the rows of x")
     flag("--kernel", default="auto", help="layers on a GPU: naive, small_batch, mma or wgmma")
     flag("--tokens", type=int, default=0, help="layers on a GPU: of a thread block's tile")
     flag("--size", choices=SIZES, default="600M", help="models")

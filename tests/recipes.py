@@ -140,14 +140,15 @@ def report(args):
         reference = read_results(args, size, REFERENCES[size])
         for recipe in (REFERENCES[size], *args.studies[size]):
             found = read_results(args, size, recipe)
-            gaps = [found[seed]["losses"] - reference[seed]["losses"] for seed in found if seed in reference]
+            pairs = [(found[seed]["losses"], reference[seed]["losses"]) for seed in found if seed in reference]
+            gaps = [losses - references for losses, references in pairs]
             if not gaps:
                 continue
             of_seeds = [gap.mean() for gap in gaps]
             values = of_seeds if len(of_seeds) > 1 else gaps[0]  # with one seed, the error is that over the digits
             error = np.std(values, ddof=1) / len(values) ** 0.5
-            loss = np.mean([result["losses"].mean() for result in found.values()])
-            percent = 100 * np.mean(of_seeds) / np.mean([result["losses"].mean() for result in reference.values()])
+            loss, reference_loss = np.mean(pairs, axis=(0, 2))
+            percent = 100 * np.mean(of_seeds) / reference_loss
             fids = []
             for result in found.values():
                 x = torch.from_numpy(result["samples"])
