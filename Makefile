@@ -41,12 +41,15 @@ bench: ready
 	"$(PYTHON)" tests/bench_speed.py --json runs/bench_speed.json
 	"$(PYTHON)" tests/paper.py fig1  # trains the two that come next, where they are missing
 	"$(PYTHON)" tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
+	"$(PYTHON)" tests/bench_quality.py runs/demo/packed.pt --dtype int8
+	"$(PYTHON)" tests/bench_quality.py runs/demo/packed.pt --sampler ddpm --steps 25
 
 bench-gpu: ready
 	"$(PYTHON)" -m pytest -q tests/test_kernel.py -k gpu
 	-compute-sanitizer --tool memcheck --error-exitcode 1 "$(PYTHON)" -m pytest -q tests/test_kernel.py -k "gpu and small"
 	-compute-sanitizer --tool racecheck --error-exitcode 1 "$(PYTHON)" -m pytest -q tests/test_kernel.py -k "gpu and small"
-	"$(PYTHON)" tests/bench_speed.py --json runs/bench_speed_gpu.json
+	"$(PYTHON)" tests/bench_speed.py layers --json runs/bench_layers_gpu.json
+	"$(PYTHON)" tests/bench_speed.py models --json runs/bench_models_gpu.json
 
 # SEEDS="0 1 2" gives fig2 and table1 as medians and ranges, of models trained from each.
 paper fig1 fig2 fig4 table1 table2: ready
