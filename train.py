@@ -698,8 +698,7 @@ class Log:
             self.codes = sample_codes(run.model)
             counts = [(self.codes == 0).sum(), (self.codes != before).sum(), len(self.codes)]
             n_zero, n_flipped, n_codes = all_sum(torch.tensor(counts, device=run.settings.device)).tolist()
-            row["zero"] = n_zero / n_codes
-            row["flipped"] = n_flipped / n_codes
+            row |= dict(zero=n_zero / n_codes, flipped=n_flipped / n_codes)
         self.stats = []
         self.seconds = 0.0
         if ranks()[0] == 0:
