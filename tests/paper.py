@@ -7,7 +7,7 @@
     python tests/paper.py table2       table 2: bytes, memory and seconds of the real sizes
     python tests/paper.py all          all of it
     python tests/paper.py compare A B  any two checkpoints side by side: ours, released folders, Meta's DiT .pt
-    python tests/paper.py run DIR      a training run, DIR/run.png: its curves, and the samples that it drew on its way
+    python tests/paper.py run DIR      the curves of a training run, DIR/run.png
 
 Each figure and table writes NAME.json, a table NAME.md and, where there is one, a picture NAME.png, and joins all
 tables in results.md. Models that are missing are trained first: runs/demo, runs/demo-full, runs/paper-small and
@@ -429,21 +429,8 @@ def run_panels(rows):
 
 
 def plot_run(folder, path):
-    """Draw a training run: its curves on the left, at most six of its sample grids on the right."""
-    grids = sorted(folder.glob("grid*.png"), key=lambda grid: (grid.name == "grid.png", grid.name))
-    chosen = np.unique(np.linspace(0, len(grids) - 1, min(6, len(grids))).round().astype(int))
-    curves = plot(run_panels(read_log(folder)), columns=1, width=600, height=440)
-    page = Image.new("RGB", (1200 if grids else 600, max(curves.height, 264 * len(chosen))), "white")
-    page.paste(curves, (0, 0))
-    pen = ImageDraw.Draw(page)
-    for place, i in enumerate(chosen):
-        picture = Image.open(grids[i]).convert("RGB")
-        picture.thumbnail((560, 226))
-        step = grids[i].stem.removeprefix("grid-")
-        title = f"step {int(step):,}" if step.isdigit() else "at the end"
-        pen.text((620, 264 * place + 24), title, fill="black", font=FONT, anchor="ls")
-        page.paste(picture, (620, 264 * place + 32))
-    page.save(path)
+    """Draw the curves of a training run."""
+    plot(run_panels(read_log(folder)), columns=1, width=600, height=440).save(path)
     print(f"wrote {path}")
 
 

@@ -34,14 +34,6 @@ def test_round_trip(tmp_path, ternary):
     assert os.listdir(tmp_path) == ["m.pt"]
 
 
-def test_a_packed_file_is_little_more_than_its_weights(tmp_path):
-    model = pack_model(DiT(Config(**terdit.SIZES["tiny"])))
-    save_checkpoint(tmp_path / "m.pt", model)
-    tensors = [*model.parameters(), *model.buffers()]
-    payload = sum(t.numel() * t.element_size() for t in tensors)
-    assert payload < (tmp_path / "m.pt").stat().st_size < 1.05 * payload
-
-
 def test_config_of_a_released_folder_comes_from_its_shapes():
     config = load_model(RELEASED["terdit"], n_heads=4).config
     assert (config.input_size, config.patch_size, config.in_channels) == (8, 2, 4)
@@ -118,11 +110,6 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_a_file_that_torch_cannot_read_is_refused(tmp_path, content):
     (tmp_path / "m.pt").write_bytes(content)
     assert_refused(tmp_path / "m.pt", "not a checkpoint of this project")
-
-
-def test_a_truncated_file_is_refused(good):
-    good.write_bytes(good.read_bytes()[:-3000])
-    assert_refused(good, "not a checkpoint of this project .*, or damaged")
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {"w": torch.zeros(3)}}, torch.zeros(3)])

@@ -13,7 +13,7 @@ from PIL import Image
 import sample
 from terdit import Config, DiT, GaussianDiffusion, load_model, pack_model, save_checkpoint
 from tests.conftest import ROOT
-from tests.helpers import RELEASED, SMALL, awake
+from tests.helpers import SMALL, awake
 
 NAMES = ["cat", "cafe\u0301", "007", "12", "x"]  # the accent is a letter of its own
 
@@ -73,22 +73,6 @@ def test_sampling_is_guided_within_the_interval_with_noise_by_number(ckpt, sampl
         want = loop(guided_model, noise(), clip_denoised=True)
     got = sample.sample_latents(model, y, index, 5, 3.0, 6, sampler, guided_channels=2, guidance_interval=(200, 799))
     assert (got - want).abs().max() < 1e-4
-
-
-def test_defaults_are_four_images_a_class_16_steps_of_dpm_and_for_latents_250_of_ddpm(ckpt, tmp_path, monkeypatch):
-    seen = []
-
-    def no_drawing(model, y, index, **options):
-        seen.append((len(y), options["sampler"], options["steps"]))
-        return torch.zeros(len(y), 3, 8, 8)
-
-    monkeypatch.setattr(sample, "sample_latents", no_drawing)
-    monkeypatch.setattr(sample, "load_vae", lambda name, device: None)
-    draw(ckpt, tmp_path / "x.png")
-    released = [RELEASED["terdit"], tmp_path / "x.png", "--n-heads", 4, "--dtype", "fp32"]
-    draw(*released)
-    draw(*released, "--sampler", "dpm")
-    assert seen == [(20, "dpm", 16), (40, "ddpm", 250), (40, "dpm", 16)]
 
 
 def test_the_grid_has_a_column_a_class_and_white_where_no_image_is(ckpt, tmp_path, capsys):

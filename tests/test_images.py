@@ -107,19 +107,6 @@ def test_a_picture_is_resized_and_its_centre_is_taken(tmp_path, ending, scale):
     assert np.abs(got - want).max() <= 3  # neighbours differ by 4 or 5
 
 
-def test_a_thin_picture_is_cropped_before_it_is_enlarged(tmp_path, monkeypatch):
-    """Enlarged whole, it would take gigabytes."""
-    save_image(tmp_path / "thin.png", size=(1, 100_000), colour=RED)
-    resize = Image.Image.resize
-
-    def small_resize(image, size, *args, **kwargs):
-        assert size == (256, 256)
-        return resize(image, size, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "resize", small_resize)
-    assert (train.load_image(tmp_path / "thin.png", 256) == np.full((256, 256, 3), RED).transpose(2, 0, 1)).all()
-
-
 # Folders --------------------------------------------------------------------------------------------------------------
 
 

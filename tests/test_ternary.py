@@ -7,7 +7,7 @@ import torch
 
 import terdit
 import train
-from terdit import Config, DiT, PackedTernaryLinear, TernaryLinear, TernaryWeight
+from terdit import Config, DiT, PackedTernaryLinear, TernaryLinear
 from terdit import check_packed, pack_model, pack_ternary, ternarize, unpack_ternary
 from tests.helpers import SMALL, awake
 
@@ -91,17 +91,6 @@ def test_alpha_gradient_by_finite_differences():
     h = 1e-6
     slope = (loss(0.4 + h) - loss(0.4 - h)) / (2 * h)
     assert layer.alphas.grad.item() == pytest.approx(slope, rel=1e-5)
-
-
-def test_a_second_derivative():
-    """d/dalpha of (alpha * code) . grad: what TernaryWeight's backward computes can itself be derived."""
-    weight = torch.randn(4, 3, requires_grad=True)
-    alphas = torch.tensor([0.5], requires_grad=True)
-    (first,) = torch.autograd.grad(TernaryWeight.apply(weight, alphas).square().sum(), alphas, create_graph=True)
-    (second,) = torch.autograd.grad(first, alphas)
-    codes = ternarize(weight)
-    assert first.item() == pytest.approx(2 * 0.5 * codes.square().sum().item())
-    assert second.item() == pytest.approx(2 * codes.square().sum().item())
 
 
 # Packing --------------------------------------------------------------------------------------------------------------
