@@ -514,6 +514,9 @@ __global__ void __launch_bounds__(128 * WARPGROUPS) wgmma_gemm(Args p) {
     UNROLL for (int tile = 0; tile < Block::TOKENS / 8; tile++)
       UNROLL for (int element = 0; element < 4; element++) set_zero(acc[fragment][tile][element]);
   for (int slice = 0; slice < AHEAD; slice++) load(slice);
+  // [step % 4][fragment][register]. While a step is dequantized, the wgmmas of the two steps before may still read
+  // theirs, so three sets are needed. There are four, because a slice has 8 steps: so the next slice goes on in turn.
+  uint32_t a[4][2][4];
   for (int slice = 0; slice < slices; slice++) {
     // At most the newest group of copies is unfinished, so this thread's copies for this slice have landed. The barrier
     // makes that true of all threads. It also says that the wgmmas of slice - 2 have finished, in all warps.
@@ -524,9 +527,6 @@ __global__ void __launch_bounds__(128 * WARPGROUPS) wgmma_gemm(Args p) {
     const char* stage = smem + (slice % STAGES) * Block::STAGE_BYTES;
     const char* w_row = stage + 2 * Block::X_BOX_BYTES + (warp_row + g) * 128;
     const uint64_t x_descriptor = descriptor(stage);
-    // [step % 4][fragment][register]. While a step is dequantized, the wgmmas of the two steps before may still read
-    // theirs, so three sets are needed. There are four, because a slice has 8 steps: so the next slice goes on in turn.
-    uint32_t a[4][2][4];
     UNROLL for (int step = 0; step < 8; step++) {  // of 16 columns
       const int chunk = step ^ g;  // the swizzle
       const uint16_t* columns = (const uint16_t*)(w_row + 16 * chunk + 2 * c);
@@ -735,7 +735,7 @@ extern "C" void scale_rows(const int32_t* sums, const float* scales, float alpha
 //   Example: quarter 1 of byte 2 lies in bits 21 and 20 of the word. A shift by 24 - 8 * 2 + 2 * 1 = 10 makes them the
 //   top bits, 31 and 30.
 //
-// Vectors are written out because the compiler may not reorder a float sum: it would make no vectors of a loop. And the
+// Vectors are written by hand: the compiler may not reorder float sums, so it would not vectorize the loop. And the
 // order is the same in any number of rows and threads, so an image does not depend on the others in its batch.
 #ifdef __AVX512F__
 constexpr int LANES = 16;

@@ -116,19 +116,19 @@ def ternarize(weight, gamma=None):
     >>> ternarize(torch.tensor([[0.20, -0.80], [0.05, 0.85]])).tolist()  # training moved 0.30 to 0.20: its code flips
     [[0.0, -1.0], [0.0, 1.0]]
     """
-    codes = weight.abs()
+    buffer = weight.abs()  # first |weight|, then the codes: this runs on every weight at every step
     if gamma is None:
-        gamma = codes.mean() + TERNARY_EPS
-    return torch.div(weight, gamma, out=codes).round_().clamp_(-1, 1)  # in one buffer: this runs at every step
+        gamma = buffer.mean() + TERNARY_EPS
+    return torch.div(weight, gamma, out=buffer).round_().clamp_(-1, 1)
 
 
 class TernaryWeight(torch.autograd.Function):
     """weight (N, K), alphas (1,) -> ternarize(weight) * alphas, with a gradient for both.
 
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The *straight-through
-    estimator* pretends that rounding did nothing, codes = weight: then the product codes * alphas has the gradient
-    `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. So the optimizer moves the full-precision
-    *latent* weight, and its code flips when the latent weight has moved far enough.
+    estimator* pretends codes = weight (it leaves out the 1 / gamma, too, as upstream does). Then codes * alphas has the
+    gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. So the optimizer moves the latent weight
+    in full precision, and its code flips when it has moved far enough.
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)  # its codes are 1, -1, 0, 1
     >>> alphas = torch.tensor([2.0], requires_grad=True)
@@ -158,7 +158,7 @@ class TernaryLinear(nn.Module):
 
     `weight` (N, K) latent, `alphas` (1,) the one learned scale, `bias` (N,) or None.  x (..., K) -> (..., N)
     "alphas" is upstream's name. It is no subclass of nn.Linear, so that isinstance(m, nn.Linear) finds the layers in
-    full precision. Under bf16 autocast F.linear rounds codes * alphas to bf16, and so alpha.
+    full precision. Under bf16 autocast F.linear rounds codes * alphas to bf16, which is to round alpha.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -181,7 +181,7 @@ def modulate(x, shift, scale):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Computes in its weight's dtype, fp32: under autocast x is bf16, but adaLN's output scales whole blocks."""
+    """In its weight's dtype, fp32, also where autocast makes x bf16: adaLN's output scales whole blocks."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -216,7 +216,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, dim):
         super().__init__()
-        # nn.Embedding(n, dim) would call normal_, which on the meta device loads torch's compiler: 100 MB, a second.
+        # nn.Embedding(n, dim) calls normal_, which on the meta device imports torch's compiler: 100 MB, a second.
         self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, dim), freeze=False)
 
     def forward(self, y):
@@ -331,7 +331,7 @@ class FinalLayer(nn.Module):
 
 class DiT(nn.Module):
     """The diffusion transformer. Parameter names are upstream's, so released checkpoints load. packed=True builds the
-    inference model, whose ternary linears hold 2 bits a weight (see pack_model)."""
+    inference model, at 2 bits a weight. Embeddings, norms and final layer stay in full precision: see FinalLayer."""
 
     def __init__(self, config, packed=False):
         super().__init__()
@@ -355,9 +355,9 @@ class DiT(nn.Module):
         """The start of training. Two things differ from upstream.
 
         alpha starts at mean|W| (upstream: a draw from N(0, 1)), so a ternary linear puts out about what its latent
-        weights would. And every block starts as the identity (adaLN-Zero) through the RMS Norm's gain, not through
-        zero weights. If the weights started at 0, mean|W| would also be 0. After the first update, however small, most
-        weights would be about as large as mean|W| and round to +-1, so the gates would open fully in one step.
+        weights would. And every block starts as the identity (adaLN-Zero) through the RMS Norm's gain of 0, not through
+        zero weights. Rounding divides by gamma = mean|W|. From zero weights, one update of any size makes most |W|
+        about as large as gamma: most codes jump to +-1, and the gates open fully in one step.
         """
         config = self.config
         for module in self.modules():
@@ -704,11 +704,11 @@ class PackedTernaryLinear(nn.Module):
 def packed_linear(x, weight, alphas, bias, dtype, most_small_rows=SMALL_ROWS):
     """packed_linear_plain for x (M, K) in the fastest way that there is for this device and product dtype -> (M, N):
 
-        a GPU, bf16            kernel.cu multiplies by the packed bytes (section 8) -> bf16
-        a CPU, few rows        small_rows: exact, faster than dense bf16 (section 6) -> fp32; adaLN: one row an image
-        int8                   int8_linear: x is rounded, the sums are exact (section 6) -> bf16
-        all else               packed_linear_plain, which unpacks at every call -> dtype
-    """
+        a GPU, bf16               kernel.cu multiplies by the packed bytes (section 8) -> bf16
+        a CPU, few rows or adaLN  small_rows: exact, faster than dense bf16 (section 6) -> fp32
+        int8                      int8_linear: x is rounded, the sums are exact (section 6) -> bf16
+        all else, and autograd    packed_linear_plain, which unpacks at every call -> dtype
+    Without g++ or nvcc, PyTorch does the same, and a warning says so once."""
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x of (M, {weight.shape[1]}) wanted, got {tuple(x.shape)}")
     x = x.contiguous()  # C++ gets bare addresses
@@ -742,8 +742,8 @@ def pack_model(model):
 def in_dtype(model, dtype):
     """Set the dtype of the products with packed weights: fp32, bf16 or int8. -> the model
 
-    All else stays in fp32. So do adaLN's projections on a CPU, and with int8: they steer whole blocks, and would cause
-    most of int8's error. A full-precision model is in dtype as a whole."""
+    All else stays in fp32. So do adaLN's projections with int8, and on a CPU with g++ in any dtype: they steer whole
+    blocks, and would cause most of int8's error. A full-precision model is in dtype as a whole."""
     if not model.config.ternary:
         if dtype == torch.int8:
             raise ValueError("int8 is for ternary weights, this checkpoint is in full precision")
@@ -794,7 +794,7 @@ def int8_linear(x, weight, alphas, bias):
     if not call_cpu("quantize_rows", x, x.dtype == torch.bfloat16, levels, scales, M, K):
         return int8_linear_plain(x, weight, alphas, bias)  # x is not finite, and this says so
     call_cpu("unpack", weight, codes, weight.numel())
-    chunk = max(1, (1 << 22) // N)  # 16 MB of sums: more memory than glibc keeps would be faulted in again each time
+    chunk = max(1, (1 << 22) // N)  # 16 MB of sums: larger blocks go back to the system and are faulted in again
     for first in range(0, M, chunk):
         rows = slice(first, first + chunk)
         sums = torch._int_mm(levels[rows], codes.t())  # (rows, N) int32
@@ -838,7 +838,7 @@ def cpu_kernel():
     library.unpack.argtypes = [address, address, size]
     library.scale_rows.argtypes = [address, address, ctypes.c_float, address, address, size, size]
     # glibc returns large freed blocks to the system, and the next layer would fault their pages in again: half of a
-    # step's time. Once a block of 31 MB was freed, it keeps such blocks. This one is never written to: no memory.
+    # step's time. Once one of 31 MB was freed, it keeps later ones. This one is never touched, so it costs no memory.
     torch.empty(31 << 20, dtype=torch.uint8)
     return library
 
@@ -865,7 +865,7 @@ def atomic_write(path, write):
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
     except (RuntimeError, OSError) as e:  # torch.save raises a RuntimeError when the disk is full
-        raise OSError(f"{path}: cannot be written ({first_line(e)})") from None
+        raise OSError(f"{path}: cannot be written; is the disk full? ({first_line(e)})") from None
     finally:
         tmp_path.unlink(missing_ok=True)
 
@@ -878,7 +878,7 @@ def save_checkpoint(path, model):
 
 
 def read_checkpoint(path, expected, mmap=False):
-    """torch.load that runs no code (weights_only) and notices every flipped bit. `expected` names what it should be.
+    """torch.load that runs no code (weights_only) and compares the zip's CRCs. `expected` names what it should be.
 
     mmap leaves the tensors in the file until they are used: for what may be larger than memory. ValueError, OSError.
     """
@@ -919,7 +919,7 @@ def released_config(state, args):
         dim=dim,
         n_layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers.")),
         n_heads=32,
-        multiple_of=state["layers.0.feed_forward.w2.weight"].shape[1],  # not stored; the width itself gives the width
+        multiple_of=state["layers.0.feed_forward.w2.weight"].shape[1],  # not stored; this rounds up to itself
         num_classes=num_classes,
         learn_sigma=len(state["final_layer.linear.weight"]) == 2 * patch_dim,
         qk_norm="layers.0.attention.q_norm.weight" in state,

@@ -55,7 +55,7 @@ def setting(default, help, **options):
 
 @dataclass
 class TrainConfig:
-    """What a run is trained with. Each field is a flag; the values here are the paper's, RECIPES has the others."""
+    """What a run is trained with. Each field is a flag; these are the paper's sizes' values, RECIPES has the others."""
 
     size: str = setting("tiny", "shape of the model, and its recipe", choices=list(SIZES))
     data: str = setting(None, "folder with a subfolder of images a class, or a cache of one; default: embedded digits")
@@ -121,13 +121,13 @@ def parse_args(argv=None):
 
 def make_settings(given, base, saved):
     """-> TrainConfig: its defaults, then the recipe of base's size, then --init, --data, the state, the command."""
-    values = dict(size="B")  # a shape without a name gets the paper's recipe
+    values = dict(size="B")  # a shape without a name takes B's recipe, the paper's
     for name, shape in SIZES.items():
         if (base.dim, base.n_layers) == (shape["dim"], shape["n_layers"]):
             values = dict(size=name) | RECIPES.get(name, {})
     if "init" in given:
         values |= dict(image_size=base.input_size, qk_norm=base.qk_norm)
-        if base.ternary != given.get("full_precision", False):
+        if base.ternary == (not given.get("full_precision", False)):  # the same kind of model keeps its norm
             values["adaln_norm"] = base.adaln_norm
         if base.vae and "data" not in given:
             raise ValueError(f"--init {given['init']} works on latents of {base.vae}: add --data and --vae")
@@ -175,7 +175,7 @@ def setup(given):
         if rank == 0:
             init = load_model(find_checkpoint(given["init"]))
         base = from_rank_0(init and init.config)
-    kept = {name: state["run"][name] for name in ("micro_batch", "dtype")} if state else {}  # others round differently
+    kept = {name: state["run"][name] for name in ("micro_batch", "dtype")} if state else {}  # or sums round otherwise
     settings = make_settings(given, base, kept)
     if settings.batch % world:
         raise ValueError(f"--batch {settings.batch} does not split evenly over {world} processes")
@@ -387,10 +387,10 @@ def draw_batch(run, step):
 
 
 def draw_timesteps(n, diffusion, rng):
-    """t (n,). For eps: uniform, as in the paper. For v: logSNR ~ N(-2, 2.5), and one in twenty uniform.
-    Most then fall between t = 200 and 800, where a picture's layout is decided; a nearly clean image, or one of nearly
-    pure noise, teaches little. A short training has no time to spend on them. Image i draws its quantile between i / n
-    and (i + 1) / n. So each of several processes, which take slices of the batch, gets one range of noise levels."""
+    """t (n,). For eps: uniform, as in the paper. For v: logSNR is normal, mean -2, standard deviation 2.5, and one in
+    twenty is uniform. Most then fall between t = 200 and 800, where a picture's layout is decided: a short training has
+    no time for nearly clean images, or nearly pure noise, which teach little. Image i draws its quantile between i / n
+    and (i + 1) / n. So each of several processes gets one range of noise levels; together they have all."""
     if diffusion.prediction == "eps":
         return torch.randint(1000, (n,), generator=rng)
     quantile = (torch.arange(n) + torch.rand(n, generator=rng)) / n  # spread evenly over the batch
@@ -517,7 +517,7 @@ def memory_needed(config, dtype, device, world=1):
         n_params = sum(p.numel() for p in DiT(config).parameters())
     value = 2 if dtype == "bf16" else 4
     fixed = 20 * n_params / world + (1 + value) * n_params
-    # The fp32 residual stream; q, k, v, inputs and outputs of the matmuls; the same of the FFN.
+    # 4 tensors in fp32 (residual stream, norms) and 11 others (q, k, v, in and out of matmuls); 4 of the FFN's width.
     token = 16 * config.dim + 11 * value * config.dim + 4 * value * config.ffn_dim
     if device == "cpu":
         token += (4 + value) * config.n_heads * config.n_tokens  # softmax_attention keeps its scores
@@ -608,8 +608,9 @@ def check_resumed(theirs, ours):
 
 
 def save_state(run):
-    """Write the averaged model, then the state of the run; the last two states are kept. Each tensor is gathered by
-    itself, so a GPU never holds more than its part and one whole matrix; rank 0's memory holds the whole state."""
+    """Write the averaged model, then the state of the run; the last two states are kept. A kill leaves each file old or
+    new, never half; in between, the older state makes the same model again. Each tensor is gathered by itself, so a GPU
+    holds its part and one whole matrix; rank 0's memory holds the whole state."""
     is_first = ranks()[0] == 0
     tensors = {}
     for name, value in run_tensors(run).items():
@@ -621,7 +622,6 @@ def save_state(run):
             model = DiT(run.model.config)
         averages = {name: tensors[f"ema.{name}"] for name, _ in model.named_parameters()}
         model.load_state_dict(averages, assign=True)
-        # The model first: after a kill in between, the state before it makes the same model again.
         save_checkpoint(run.model_path, pack_model(model) if model.config.ternary else model)
         state = dict(format=STATE, step=run.step, run=run.description, tensors=tensors)
         out = Path(run.settings.out)
@@ -659,7 +659,7 @@ FIELDS = "step loss val_loss lr grad_norm images_per_s zero flipped distill".spl
 class Log:
     """log.csv: a row every ten steps, and at every save. Rows past a resumed step are removed.
 
-        loss, distill   mean since the row before (after a resume, of fewer steps); distill is the teacher's term
+        loss, distill   mean of the steps since the last row (of fewer after a resume); distill is the teacher's term
         val_loss        of the averaged model, on images held out
         lr, grad_norm   of the row's last step; the norm before clipping
         images_per_s    since the row before, without saving and drawing
@@ -798,7 +798,7 @@ def init_from(model, source, path):
 
 
 def load_teacher(settings, config):
-    """-> the model of --teacher in eval mode, its label table in our order. Each process has the whole of it."""
+    """-> the model of --teacher in eval mode, its label table in our order. It adds `distill` to loss and log."""
     teacher = load_model(from_rank_0(find_checkpoint(settings.teacher)))
     names = ["prediction", "in_channels", "input_size", "learn_sigma"] + (["latent_scale"] if config.vae else [])
     require_same(f"--teacher {settings.teacher}", teacher.config, config, names)
@@ -1018,7 +1018,7 @@ def load_image(path, size):
         if image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))  # decode no larger than needed
         image.load()
-        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # whose "I" has 16 bits
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # theirs has 16
             raise ValueError("its grey has 32 bits, and nothing says which number is white")
         with suppress(Exception):  # Pillow raises whatever it likes on broken EXIF data. The pixels are fine.
             ImageOps.exif_transpose(image, in_place=True)
