@@ -207,7 +207,7 @@ def report(path, model, args, seconds, n, steps):
         peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     codes = sum(buffer.numel() for buffer in model.buffers())  # bytes
     rest = sum(4 * p.numel() for p in model.parameters())
-    print(f"{path}: 2-bit codes {codes / 1e6:.2f} MB, full-precision rest {rest / 1e6:.2f} MB; peak memory "
+    print(f"{path}: 2-bit codes {codes / 1e6:.2f} MB, the rest {rest / 1e6:.2f} MB; peak memory "
           f"{peak / 1e6:,.0f} MB; {n} images of {steps} steps in {seconds:.1f} s")  # fmt: skip
 
 

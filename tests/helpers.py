@@ -56,7 +56,8 @@ def short_training(monkeypatch):
     """For every test of a file that imports this: shorten, and give the test runner its signal handlers back."""
     shorten(monkeypatch)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests themselves run under nohup
+    for s in handlers:
+        signal.signal(s, signal.SIG_DFL)  # some are ignored where the tests themselves run under nohup, or with &
     yield
     for s, handler in handlers.items():
         signal.signal(s, handler)
