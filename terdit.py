@@ -88,7 +88,7 @@ class Config:
 
 
 _DIGITS = dict(input_size=24, patch_size=4, in_channels=3, multiple_of=64, num_classes=10, learn_sigma=False,
-               prediction="v", label_std=0.5, pos_embed=True)  # fmt: skip
+               prediction="v", label_std=0.5, pos_embed=True)  # fmt: skip  # why v: see GaussianDiffusion
 SIZES = {
     "tiny": dict(**_DIGITS, dim=192, n_layers=4, n_heads=6),  # 2.7M ternary weights
     "small": dict(**_DIGITS, dim=256, n_layers=6, n_heads=8),  # 7.2M
@@ -286,7 +286,7 @@ class TransformerBlock(nn.Module):
 
     A ternary weight is 0 or +-alpha. Where alpha is large (upstream draws its start from N(0, 1)), the adaLN projection
     puts out large values, and a few codes that flip change them a lot. The paper's cure is one RMS Norm over the six
-    vectors together, which divides alpha out (paper 3.2, figures 3 and 4). We start alpha small, but it is learned.
+    vectors together, which divides alpha out (paper 3.2, figures 3 and 4). Its gain starts at 0: see init_weights.
 
     >>> outputs = torch.tensor([3.0, -4.0])  # of an adaLN projection; an alpha 100 times as large changes nothing
     >>> F.rms_norm(outputs, (2,)), F.rms_norm(100 * outputs, (2,))
