@@ -6,9 +6,9 @@
     torchrun --nproc-per-node=8 train.py --size 4.2B ...   many GPUs
     python train.py --init FULL.pt --teacher FULL.pt       ternary from a full-precision model, in far fewer steps
 
-The same command resumes a run that was stopped, on any number of processes. Random numbers depend only on --seed and the
-step; every process draws those of the whole batch and keeps its slice. So no random state is saved: a resumed run equals
-an uninterrupted one, on one CPU process bit for bit. More processes, or other micro-batches, round sums differently.
+The same command resumes a run that was stopped, on any number of processes. Random numbers depend only on --seed and
+the step; every process draws those of the whole batch and keeps its slice. So no random state is saved: a resumed run
+equals an uninterrupted one, on one CPU process bit for bit. More processes, or other micro-batches, round differently.
 """
 
 import argparse
