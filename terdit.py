@@ -410,8 +410,8 @@ class DiT(nn.Module):
         """Classifier-free guidance, with upstream's arguments.
 
         x (B, C, H, W): the first half is run twice, the second half is ignored. y (B,): the classes, then as many null
-        labels. -> (B, 2C or C, H, W), whose two halves hold the same guided prediction; sigma is never guided. None
-        guides every channel; 3 is upstream's, which leaves the fourth latent channel unguided (DiT issue 41: a slip).
+        labels. -> (B, 2C or C, H, W): guided channels are the same in both halves, others (sigma) are not guided. None
+        guides all C; 3 is upstream's, which leaves the fourth latent channel unguided (DiT issue 41: a slip).
         """
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
@@ -475,8 +475,8 @@ class GaussianDiffusion:
     steps; timestep_map[i] is the original number of step i. Tables are float64.
 
     prediction: what the model's first C channels mean. "eps" is the noise, the paper's choice. "v" is sqrt(acp) eps -
-    sqrt(1 - acp) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise, where an image's layout is decided
-    and an error in eps costs almost nothing. It changes the target of the loss, how x0 is read from the output
+    sqrt(1 - acp) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise, where an image's layout is decided;
+    there x is almost eps, so eps is learned without any layout. It changes the target of the loss, how x0 is read
     (predict_x0), and the timesteps that train.py draws.
     """
 
@@ -546,7 +546,7 @@ class GaussianDiffusion:
         """Loss of model(x_t, timestep, y) for x0 (B, C, H, W), t (B,) int64, y (B,) -> dict of (B,) tensors.
 
         `mse` is the paper's simple loss; `vb`, in bits a dimension, teaches the sigma channels alone (Improved DDPM
-        section 3.1): no gradient of it reaches the prediction. Without sigma channels there is none. `loss` is the sum.
+        3.1): it is noisy and would disturb the prediction, which gets no gradient of it. `loss` is the sum.
         With a teacher, another model of the same outputs, `distill` is the mean square between both models' outputs,
         sigma channels included. It is no part of `loss`: train.py's train_step adds it.
         """
@@ -680,7 +680,7 @@ def packed_linear_plain(x, weight, alphas, bias):
 class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
-    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. in_dtype sets the other two.
+    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. in_dtype sets the two below.
     """
 
     product_dtype = torch.float32
@@ -702,13 +702,13 @@ class PackedTernaryLinear(nn.Module):
 
 
 def packed_linear(x, weight, alphas, bias, dtype, most_small_rows=SMALL_ROWS):
-    """packed_linear_plain for x (M, K) in the fastest way that there is for this device and product dtype -> (M, N):
+    """x (M, K) times a packed weight in the fastest way -> (M, N). The first of these that fits:
 
         a GPU, bf16               kernel.cu multiplies by the packed bytes (section 8) -> bf16
-        a CPU, few rows or adaLN  small_rows: exact, faster than dense bf16 (section 6) -> fp32
+        a CPU, few rows or adaLN  small_rows: x is not rounded; faster than dense bf16 (section 6) -> fp32
         int8                      int8_linear: x is rounded, the sums are exact (section 6) -> bf16
-        all else, and autograd    packed_linear_plain, which unpacks at every call -> dtype
-    Without g++ or nvcc, PyTorch does the same, and a warning says so once."""
+        all else                  packed_linear_plain, which unpacks at every call -> dtype
+    Without nvcc or g++ the first, or second, does not fit: a warning says so once. Under autograd forward is plain."""
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x of (M, {weight.shape[1]}) wanted, got {tuple(x.shape)}")
     x = x.contiguous()  # C++ gets bare addresses
@@ -742,8 +742,8 @@ def pack_model(model):
 def in_dtype(model, dtype):
     """Set the dtype of the products with packed weights: fp32, bf16 or int8. -> the model
 
-    All else stays in fp32. So do adaLN's projections with int8, and on a CPU with g++ in any dtype: they steer whole
-    blocks, and would cause most of int8's error. A full-precision model is in dtype as a whole."""
+    Embeddings, norms, residual stream and final layer stay in fp32. So do adaLN's projections with int8, and on a CPU
+    with g++: they steer whole blocks, and would cause most of int8's error. Full precision is in dtype as a whole."""
     if not model.config.ternary:
         if dtype == torch.int8:
             raise ValueError("int8 is for ternary weights, this checkpoint is in full precision")

@@ -474,7 +474,7 @@ def can_compile(device):
 
 
 def choose_micro_batch(config, settings):
-    """The most images at a time that fit in memory, by memory_needed. ValueError: not even one does."""
+    """The most images at a time that fit in memory, without a teacher. ValueError: not even one does."""
     share = settings.batch // ranks()[1]
     if settings.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
@@ -609,7 +609,7 @@ def check_resumed(theirs, ours):
 
 def save_state(run):
     """Write the averaged model, then the state of the run; the last two states are kept. A kill leaves each file old or
-    new, never half; in between, the older state makes the same model again. Each tensor is gathered by itself, so a GPU
+    new, never half; in between, the older state makes that model again. Each tensor is gathered by itself, so a GPU
     holds its part and one whole matrix; rank 0's memory holds the whole state."""
     is_first = ranks()[0] == 0
     tensors = {}
