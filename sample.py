@@ -41,6 +41,8 @@ def main(argv=None):
     model = load(path, args)
     config = model.config
     vae = load_vae(config.vae, args.device) if config.vae else None
+    if vae and vae.config.latent_channels != config.in_channels:
+        raise ValueError(f"the VAE {config.vae} has {vae.config.latent_channels} channels, {path} {config.in_channels}")
     names = config.class_names or [str(row) for row in range(config.num_classes)]
     classes = pick_classes(args.classes, config, everything=args.npz)
     n = args.npz or args.n or 4 * len(classes)
@@ -61,8 +63,9 @@ def main(argv=None):
     start = time.time()
     if args.npz:
         indices = np.arange(len(names))  # the data set's own: in a released TerDiT row 121 has the name, and index, 207
-        if all(name.isdecimal() for name in names):
-            indices = np.array([int(name) for name in names])
+        numbers = [int(name) for name in names if name.isdecimal()]
+        if len(set(numbers)) == len(names):
+            indices = np.array(numbers)
         blank = torch.zeros(1, config.in_channels, config.input_size, config.input_size, device=args.device)
         image_shape = to_uint8(decode(vae, blank, config.latent_scale)).shape[1:]
         tensors = [value.cpu().contiguous() for value in model.state_dict().values()]
@@ -145,11 +148,8 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=16, sampler="dp
 
 
 def pick_classes(wanted, config, everything=False):
-    """Class names -> rows of the label table. In a released TerDiT "207" is the name of row 121.
-
-    A number also finds the one name that is the same number: 7 finds 007. None takes every class of up to ten, or of
-    more, eight (everything=True: all of them).
-    """
+    """Class names -> rows of the label table: "207" is the name of row 121 in a released TerDiT. A number also finds
+    the one name that is the same number: 7 finds 007. None: all of up to ten, else eight (everything=True: all)."""
     names = config.class_names or [str(row) for row in range(config.num_classes)]
     if wanted is None:
         if everything or len(names) <= 10:
@@ -170,10 +170,8 @@ def pick_classes(wanted, config, everything=False):
 
 def sample_npz(out, draw, labels, image_shape, settings):
     """Draw the images of labels (n,), in batches that the processes share, into the .npz file `out`. -> how many
-
-    What is drawn lies in the folder OUT.part. A run that was stopped goes on there, on any number of processes: batches
-    do not depend on it, so the images are equal to the bit. ValueError: the folder holds images of other settings.
-    """
+    What is drawn lies in OUT.part, where a run that was stopped goes on, on any number of processes: batches do not
+    depend on it, so the images are equal to the bit. ValueError: the folder holds images of other settings."""
     part = Path(os.path.realpath(out) + ".part")
     rank, world = ranks()
     with locked(part):
@@ -284,10 +282,10 @@ class Rows:
             raise ValueError(f"{folder}: cut short or damaged ({first_line(e)}); delete it to start anew") from None
         for name, here in wanted.items():
             theirs = self.header.get(name)
-            if theirs != here:
-                moved = "; a VAE that has moved is not needed for latents that are there" if name == "vae" else ""
+            is_moved_vae = name == "vae" and here and theirs == os.path.realpath(here)  # a folder that may be gone
+            if theirs != here and not is_moved_vae:
                 raise ValueError(f"{folder} was made with {name}={theirs!r:.99}, this command says {here!r:.99}: say "
-                                 f"the same{moved}; or take another --out, or delete that folder")  # fmt: skip
+                                 "the same, take another --out, or delete that folder")  # fmt: skip
 
     def missing(self, size):
         """Numbers of the rows that are missing, in parts that start at multiples of `size`, for all processes."""
@@ -314,8 +312,8 @@ def load_vae(name, device):
     except ImportError:
         raise ValueError(f"the latents of the VAE {name} need: pip install diffusers") from None
     except Exception as e:  # diffusers and its hub raise errors of many kinds
-        raise ValueError(f"the VAE {name} cannot be loaded ({first_line(e)}). If its folder has moved, name it with "
-                         "--vae; latents that are in a cache need no VAE") from None  # fmt: skip
+        moved = "" if os.path.isdir(name) else ". If it has moved, name it with --vae; latents in a cache need none"
+        raise ValueError(f"the VAE {name} cannot be loaded ({first_line(e)}){moved}") from None
     if info["missing_keys"]:
         raise ValueError(f"the VAE {name} is not whole: it lacks {min(info['missing_keys'])}")
     if getattr(vae.config, "shift_factor", None):
@@ -348,7 +346,9 @@ def save_grid(x, columns, path):
     sheet = sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
     picture = Image.fromarray(sheet)
     zoom = max(1, min(96 // w, 1600 // picture.width))
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    atomic_write(path, lambda file: picture.save(file, kind))
 
 
 def generator(*numbers):

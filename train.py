@@ -108,9 +108,11 @@ def parse_args(argv=None):
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, help=help, default=argparse.SUPPRESS, **kind, **f.metadata["options"])
     given = vars(parser.parse_args(argv))
-    for name, least in dict(image_size=1, batch=1, micro_batch=1, steps=1, save_every=1, grid=0).items():
-        if given.get(name, 1) < least:
-            parser.error(f"argument --{name.replace('_', '-')}: got {given[name]}, expected at least {least}")
+    least = dict(image_size=1, batch=1, micro_batch=1, steps=1, save_every=1, grid=0, seed=0, lr=0, weight_decay=0)
+    for name, value in given.items():
+        if value == "" or (name in least and not value >= least[name]):  # nan, too
+            expected = f"at least {least[name]}" if name in least else "a name"
+            parser.error(f"argument --{name.replace('_', '-')}: got {value!r}, expected {expected}")
     if "init" in given and "size" in given:
         parser.error("--init takes its size from the checkpoint: leave out --size")
     if "vae" in given and "data" not in given:
@@ -139,7 +141,7 @@ def make_settings(given, base, saved):
     settings = TrainConfig(**values | saved | given)
     if settings.vae and "grid" not in given:
         settings.grid = 0  # a VAE takes seconds to decode an image on a CPU
-    if settings.vae and any(map(os.path.isdir, [settings.vae, os.path.dirname(settings.vae)])):  # a folder, or moved
+    if settings.vae and os.path.isdir(settings.vae):
         settings.vae = os.path.realpath(settings.vae)  # the checkpoint names it, and is sampled from other folders
     multiplies_bf16 = cpu_has("avx512_bf16", "amx_bf16")
     if settings.device == "cuda":
@@ -153,9 +155,8 @@ def make_settings(given, base, saved):
 
 
 def main(argv=None):
-    warnings.filterwarnings("ignore", module="PIL")  # odd images that can be read
-    warnings.filterwarnings("ignore", module=r"torch\._inductor")  # rotate's complex numbers, which it does not compile
-    warnings.filterwarnings("ignore", module=r"torch\.distributed")  # FSDP's hooks
+    # Odd images that can be read; complex numbers, which inductor does not compile; FSDP's hooks.
+    warnings.filterwarnings("ignore", module=r"PIL|torch\._inductor|torch\.distributed")
     given = parse_args(argv)
     init_distributed(given.get("device", TrainConfig.device))
     with locked(Path(given["out"])):
@@ -179,13 +180,12 @@ def setup(given):
     settings = make_settings(given, base, kept)
     if settings.batch % world:
         raise ValueError(f"--batch {settings.batch} does not split evenly over {world} processes")
-
     # What can be wrong is found before images are read, which may take hours.
     cache = open_cache(settings, base) if settings.data else None
     config = model_config(settings, base, cache)
     settings.micro_batch = settings.micro_batch or from_rank_0(choose_micro_batch(config, settings))
-    has = dict(teacher=settings.teacher is not None, images=len(cache.status) if cache else None)
-    description = asdict(settings) | asdict(config) | has
+    description = asdict(settings) | asdict(config)
+    description |= dict(teacher=settings.teacher is not None, images=len(cache.status) if cache else None)
     if state:
         check_resumed(state["run"], description)
     torch.manual_seed(settings.seed)
@@ -195,12 +195,13 @@ def setup(given):
         init_from(model, init, settings.init)
         del init  # gigabytes, of a large model
     teacher = load_teacher(settings, config) if settings.teacher else None
+    if settings.grid and config.vae and rank == 0:
+        load_vae(config.vae, "cpu")  # fails now, not at the first save
     data = load_images(settings, cache) if cache else load_digits(settings)
     ema = deepcopy(model)
     shard_model(model, settings.device)
     shard_model(ema, settings.device)
     if settings.compile and can_compile(settings.device):
-        # torch.compile cannot see into kernel.cu's C++, so a ternary teacher is left as it is.
         frozen = teacher.layers if teacher and not teacher.config.ternary else []
         for block in [*model.layers, *frozen]:
             block.compile(dynamic=False)
@@ -210,10 +211,9 @@ def setup(given):
         run.step = state["step"]
     for old in states(settings.out) if settings.fresh and rank == 0 else []:
         old.unlink()  # only now, after all checks: a wrong command must not delete states
-    n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{n_params:.2f}M parameters, {len(data.train_index)} images of {settings.image_size} pixels, steps "
-          f"{run.step}-{settings.steps} of {settings.batch} images, {settings.micro_batch} at a time, {world} x "
-          f"{settings.device} {settings.dtype}, in {settings.out}", flush=True)  # fmt: skip
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(data.train_index)} images of "
+          f"{settings.image_size} pixels, steps {run.step}-{settings.steps} of {settings.batch} images, "
+          f"{settings.micro_batch} at a time, {world} x {settings.device} {settings.dtype}, in {settings.out}")
     return run
 
 
@@ -849,8 +849,8 @@ def load_digits(settings):
 
 
 def digits(n, size=24, seed=0):
-    """The embedded data set, a function of the seed -> images (n, 3, size, size) fp32 in [-1, 1], labels (n,) int64.
-    All are centred and bright on dark: a small model learns them in minutes."""
+    """The embedded data set, the same for a seed: n bright, centred digits on dark gradients; a small model learns them
+    in minutes. -> images (n, 3, size, size) float32 in [-1, 1], labels (n,) int64"""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 10, n)
     images = np.empty((n, size, size, 3), np.float32)
@@ -997,16 +997,16 @@ def list_images(folder, out):
             else:
                 n_unused += 1
     if not files:
-        raise ValueError(f"--data {folder}: expected one subfolder of images a class; found no subfolder, or they hold "
-                         "no images")  # fmt: skip
+        raise ValueError(f"--data {folder}: expected one subfolder of images a class, found no image in any")
     if n_unused:
         print(f"{n_unused} files in {folder} are not used: no images that Pillow reads, or outside the class folders")
     names = sorted({name for _, name in files})
     nested = set(names) - {name for path, name in files if path.count(os.sep) == 1}
-    if len(nested) == len(names) or "train" in nested:
-        wrong = "train" if "train" in nested else names[0]
-        raise ValueError(f"--data {folder}: {wrong} holds only folders, no images: did you mean --data "
-                         f"{folder / wrong}? If {names!r:.99} are the classes, move an image of {wrong} up into it")
+    in_train = [path for path, name in files if name.lower().startswith("train")]
+    if len(nested) == len(names) or sum(path.count(os.sep) > 1 for path in in_train) > len(in_train) / 2:
+        wrong = Path(in_train[0]).parts[0] if in_train else names[0]
+        raise ValueError(f"--data {folder}: {wrong} holds only folders, or mostly: did you mean --data "
+                         f"{folder / wrong}? If {names!r:.99} are the classes, put the images of {wrong} right into it")
     labels = {name: label for label, name in enumerate(names)}
     return names, sorted([path, labels[name]] for path, name in files)
 
@@ -1038,8 +1038,8 @@ def read_image(path, size):
     try:
         return load_image(path, size)
     except Exception as e:  # Pillow's decoders raise whatever they like on damaged files
-        # Only the system's errors have a number. A disk that is gone must not make all its pictures unusable for good.
-        # EINVAL alone may be the picture's fault: a damaged one sends the decoder to a place before the file's start.
+        # Only the system's errors have a number: a disk that is gone must not make its pictures unusable for good.
+        # EINVAL alone may be the picture's fault, which sends the decoder to a place before the file's start.
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
             raise
         sys.stderr.write(f"{path}: left out, cannot be read ({type(e).__name__}: {first_line(e)})\n")

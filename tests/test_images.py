@@ -145,6 +145,7 @@ def test_what_is_a_class_and_what_is_a_picture(tmp_path, capsys):
         (["train/cat/x.png", "val/cat/x.png"], "train holds only folders, .* did you mean --data .*/data/train?"),
         (["train/cat/x.png", "extra/x.png"], "train holds only folders, .* did you mean --data .*/data/train?"),
         (["data/cat/x.png", "data/dog/x.png"], "data holds only folders, .* did you mean --data .*/data/data?"),
+        (["Train/cat/x.png", "Train/dog/x.png", "Train/a.png", "val/x.png"], "Train holds only folders, or mostly"),
         (["loose.png", "cat/._x.png"], "expected one subfolder of images a class"),
         ([], "data: no such folder"),
     ],

@@ -74,7 +74,7 @@ def unwritten(ckpt, out, monkeypatch):
     """A run that has drawn all images, which then did not fit on the disk as one file."""
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", full_disk)
-        assert "x.npz: cannot be written ([Errno 28] No space left on device)" in main(ckpt, out)
+        assert "x.npz: cannot be written; is the disk full? ([Errno 28] No space left on device)" in main(ckpt, out)
     assert os.listdir(out.parent) == ["x.npz.part"]
     return out
 

@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_the_state_before(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"^[^\n]*state-0000004.pt: cannot be written [^\n]*$"):
+        with pytest.raises(OSError, match=r"^[^\n]*state-0000004.pt: cannot be written; [^\n]*$"):
             run(tmp_path, "--steps", 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -220,7 +220,7 @@ def test_help_shows_every_default(monkeypatch, capsys):
     "flags, code, message",
     [
         ("--steps 0", 2, "--steps: got 0, expected at least 1"),
-        ("--batch -3", 2, "--batch: got -3"),
+        ("--lr nan", 2, "--lr: got nan, expected at least 0"),
         ("--init x.pt --size tiny", 2, "leave out --size"),
         ("--vae some/vae", 2, "--vae: needs --data"),
         ("--image-size 26", 1, "image size 26 is not a multiple of the patch size 4"),
