@@ -195,8 +195,6 @@ def setup(given):
         init_from(model, init, settings.init)
         del init  # gigabytes, of a large model
     teacher = load_teacher(settings, config) if settings.teacher else None
-    if settings.grid and config.vae and rank == 0:
-        load_vae(config.vae, "cpu")  # fails now, not at the first save
     data = load_images(settings, cache) if cache else load_digits(settings)
     ema = deepcopy(model)
     shard_model(model, settings.device)
@@ -209,11 +207,13 @@ def setup(given):
     if state:
         fill_tensors(run_tensors(run), state["tensors"])
         run.step = state["step"]
-    for old in states(settings.out) if settings.fresh and rank == 0 else []:
-        old.unlink()  # only now, after all checks: a wrong command must not delete states
+    if settings.fresh and rank == 0:
+        for old in states(settings.out):
+            old.unlink()  # only now, after all checks: a wrong command must not delete states
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(data.train_index)} images of "
           f"{settings.image_size} pixels, steps {run.step}-{settings.steps} of {settings.batch} images, "
-          f"{settings.micro_batch} at a time, {world} x {settings.device} {settings.dtype}, in {settings.out}")
+          f"{settings.micro_batch} at a time, {world} x {settings.device} {settings.dtype}, "
+          f"in {settings.out}", flush=True)  # fmt: skip
     return run
 
 
