@@ -112,7 +112,7 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=16, sampler="dp
     """
     config = model.config
     device = next(model.parameters()).device
-    diffusion = GaussianDiffusion(str(steps), config.prediction)
+    diffusion = GaussianDiffusion(steps, config.prediction)
     shape = (config.in_channels, config.input_size, config.input_size)
     generators = [generator(seed, int(i)) for i in index]
     low, high = guidance_interval or (0, 999)

@@ -7,9 +7,10 @@ The method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.1
     3. DiT                          the transformer, with an RMS Norm after each adaLN        (paper 3.2, figure 3)
     4. GaussianDiffusion            what it is trained on, and how it samples                 (DDPM, DDIM, DPM-Solver++)
     5. pack_ternary, pack_model     four weights in a byte                                    (paper 3.3)
-    6. int8_linear, small_rows      packed layers on a CPU: integer products, and few rows
+                                    Skip the rest on first reading:
+    6. packed_linear, int8_linear   fast products with packed weights: which one is taken where, and those of a CPU
     7. save_checkpoint, load_model  our files, and the released TerDiT and Large-DiT folders
-    8. cuda_kernel, launch_kernel   kernel.cu on a GPU: skip on first reading
+    8. cuda_kernel, launch_kernel   kernel.cu on a GPU
 
 Section numbers of the paper are those of its first version (May 2024), figures and tables those of the second (April
 2025). "Upstream" is the TerDiT authors' own code, ADM is OpenAI's guided-diffusion, which DiT took its diffusion from.
@@ -44,6 +45,7 @@ class Config:
     """All that is needed to rebuild a model and to use its samples. `ternary=False, adaln_norm=False` is Large-DiT, the
     full-precision model that TerDiT quantizes."""
 
+    # The transformer:
     input_size: int = 32  # height = width of what the model sees: latents of a 256x256 image are 32x32
     patch_size: int = 2
     in_channels: int = 4
@@ -52,15 +54,17 @@ class Config:
     n_heads: int = 32
     multiple_of: int = 256  # the FFN's width is 8/3 dim, rounded up to a multiple of this
     num_classes: int = 1000  # the null label of classifier-free guidance is num_classes itself
-    class_dropout_prob: float = 0.1
-    learn_sigma: bool = True
-    prediction: str = "eps"  # "eps" is the paper's; "v" learns large shapes sooner (see GaussianDiffusion)
     qk_norm: bool = False
     norm_eps: float = 1e-5
     label_std: float = 0.02  # initial spread of the label embeddings
     pos_embed: bool = False  # add a learned vector to each patch; the paper has rotary positions alone, row by row
     ternary: bool = True
     adaln_norm: bool = True  # the paper's RMS Norm after the adaLN projection
+    # What it is trained on:
+    class_dropout_prob: float = 0.1
+    learn_sigma: bool = True
+    prediction: str = "eps"  # "eps" is the paper's; "v" learns large shapes sooner (see GaussianDiffusion)
+    # What its samples are:
     class_names: list | None = None
     vae: str | None = None  # None: the model works on pixels in [-1, 1]
     latent_scale: float = 0.18215  # latents are multiplied by it to have a variance of about 1 (SD VAE)
@@ -158,7 +162,7 @@ class TernaryLinear(nn.Module):
 
     `weight` (N, K) latent, `alphas` (1,) the one learned scale, `bias` (N,) or None.  x (..., K) -> (..., N)
     "alphas" is upstream's name. It is no subclass of nn.Linear, so that isinstance(m, nn.Linear) finds the layers in
-    full precision. Under bf16 autocast F.linear rounds codes * alphas to bf16, which is to round alpha.
+    full precision. Under bf16 autocast F.linear rounds codes * alphas to bf16: so alpha is rounded, codes are exact.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -181,13 +185,13 @@ def modulate(x, shift, scale):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In its weight's dtype, fp32, also where autocast makes x bf16: adaLN's output scales whole blocks."""
+    """Computes in fp32, its weight's dtype, even if autocast made x bf16: adaLN's output scales whole blocks."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
-class LayerNorm(nn.LayerNorm):  # as RMSNorm
+class LayerNorm(nn.LayerNorm):  # in fp32, as RMSNorm
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
@@ -286,7 +290,11 @@ class TransformerBlock(nn.Module):
 
     A ternary weight is 0 or +-alpha. Where alpha is large (upstream draws its start from N(0, 1)), the adaLN projection
     puts out large values, and a few codes that flip change them a lot. The paper's cure is one RMS Norm over the six
-    vectors together, which divides alpha out (paper 3.2, figures 3 and 4). Its gain starts at 0: see init_weights.
+    vectors together. It divides alpha out, but for the bias, which is small (paper 3.2, figures 3 and 4).
+
+    The norm's gain starts at 0, so every block starts as the identity (adaLN-Zero). DiT starts the projection's weights
+    at 0 instead. Ternary weights must not: gamma = mean|W| would be 0, and after one update, however small, most |W|
+    are about as large as gamma. So most codes would jump to +-1 at once, and the gates would open fully.
 
     >>> outputs = torch.tensor([3.0, -4.0])  # of an adaLN projection; an alpha 100 times as large changes nothing
     >>> F.rms_norm(outputs, (2,)), F.rms_norm(100 * outputs, (2,))
@@ -315,7 +323,8 @@ class TransformerBlock(nn.Module):
 
 class FinalLayer(nn.Module):
     """Full precision, because an error here goes straight into the image (paper 3.1). So are the embeddings of patches,
-    timestep and label: every block reads what they put out, and 2 bits would save little (1% of 600M's weights)."""
+    timestep and label: every block reads what they put out, and 2 bits would save little (1% of 600M's weights).
+    Norms, biases and alphas are vectors or single numbers: there is nothing to save."""
 
     def __init__(self, config):
         super().__init__()
@@ -352,13 +361,8 @@ class DiT(nn.Module):
             self.init_weights()
 
     def init_weights(self):
-        """The start of training. Two things differ from upstream.
-
-        alpha starts at mean|W| (upstream: a draw from N(0, 1)), so a ternary linear puts out about what its latent
-        weights would. And every block starts as the identity (adaLN-Zero) through the RMS Norm's gain of 0, not through
-        zero weights. Rounding divides by gamma = mean|W|. From zero weights, one update of any size makes most |W|
-        about as large as gamma: most codes jump to +-1, and the gates open fully in one step.
-        """
+        """The start of training: Large-DiT's, but for the RMS Norm's gain of 0 (see TransformerBlock), and alphas of
+        mean|W| (see TernaryLinear; upstream draws them from N(0, 1))."""
         config = self.config
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -373,7 +377,7 @@ class DiT(nn.Module):
         for block in self.layers:
             if config.adaln_norm:
                 nn.init.zeros_(block.adaLN_modulation[2].weight)
-            elif not config.ternary:  # ternary without the norm does not start as the identity: see above
+            elif not config.ternary:  # ternary weights do not start at 0: see TransformerBlock
                 nn.init.zeros_(block.adaLN_modulation[1].weight)
         for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(linear.weight)
@@ -409,9 +413,9 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale, guided_channels=None):
         """Classifier-free guidance, with upstream's arguments.
 
-        x (B, C, H, W): the first half is run twice, the second half is ignored. y (B,): the classes, then as many null
-        labels. -> (B, 2C or C, H, W): guided channels are the same in both halves, others (sigma) are not guided. None
-        guides all C; 3 is upstream's, which leaves the fourth latent channel unguided (DiT issue 41: a slip).
+        x (B, C, H, W): the same images twice; the second half is not looked at, as upstream. y (B,): the classes, then
+        as many null labels. -> (B, 2C or C, H, W): guided channels are the same in both halves, others (sigma) are not
+        guided. None guides all C; 3 is upstream's, which leaves the fourth latent channel out (DiT issue 41: a slip).
         """
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
@@ -425,54 +429,11 @@ class DiT(nn.Module):
 # 4. Diffusion
 
 
-def spaced_timesteps(respacing, total):
-    """The timesteps that a shorter process keeps (ADM): "250" spreads 250 evenly, "ddim50" takes every 20th."""
-    count = respacing.removeprefix("ddim")
-    if not count.isdigit() or not 1 <= int(count) <= total:
-        raise ValueError(f"respacing={respacing!r}, expected a count of 1 to {total} such as '250', or 'ddim50'")
-    count = int(count)
-    if count == 1:
-        return [total - 1]  # one step starts from pure noise (ADM would keep timestep 0, a nearly clean image)
-    if respacing.startswith("ddim"):
-        steps = list(range(0, total, math.ceil(total / count)))
-        if len(steps) != count:
-            raise ValueError(f"respacing={respacing!r}: no whole stride gives {count} of {total} steps")
-        return steps
-    strides = np.full(count - 1, (total - 1) / (count - 1))
-    # A running sum, as in ADM: i * stride ends in other last bits, and may round otherwise.
-    return [round(position) for position in np.cumsum(np.append(0.0, strides))]
-
-
-def gaussian_kl(mean1, logvar1, mean2, logvar2):
-    """KL divergence between two Gaussians, in nats."""
-    return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
-
-
-def discretized_gaussian_nll(x, mean, log_scale):
-    """-log of the mass that a Gaussian puts on x's own bin of width 2/255 (DDPM section 3.3)."""
-
-    def normal_cdf(z):  # ADM's approximation
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-    inv_std = (-log_scale).exp()
-    below_upper_edge = normal_cdf(inv_std * (x - mean + 1 / 255))
-    below_lower_edge = normal_cdf(inv_std * (x - mean - 1 / 255))
-    mass = below_upper_edge - below_lower_edge
-    mass = torch.where(x > 0.999, 1 - below_lower_edge, mass)  # the brightest bin reaches to infinity
-    mass = torch.where(x < -0.999, below_upper_edge, mass)  # and the darkest to minus infinity
-    return -mass.clamp(min=1e-12).log()
-
-
-def extract(table, t):
-    """table[t] as fp32 (B, 1, 1, 1), to go with images (B, C, H, W)."""
-    return torch.from_numpy(table).to(t.device)[t].float().view(-1, 1, 1, 1)
-
-
 class GaussianDiffusion:
     """The noise process q(x_t | x_0), the training loss, and the samplers: 1000 linear betas of 1e-4..0.02 (DDPM).
 
-    `respacing` keeps fewer of the steps for sampling: a shorter process with the same alphas_cumprod (acp) at the kept
-    steps; timestep_map[i] is the original number of step i. Tables are float64.
+    Fewer `steps` are for sampling: a shorter process, which keeps the alphas_cumprod (acp) of some timesteps;
+    timestep_map[i] is the original timestep of its step i. Tables are float64.
 
     prediction: what the model's first C channels mean. "eps" is the noise, the paper's choice. "v" is sqrt(acp) eps -
     sqrt(1 - acp) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise, where an image's layout is decided;
@@ -480,12 +441,11 @@ class GaussianDiffusion:
     (predict_x0), and the timesteps that train.py draws.
     """
 
-    def __init__(self, respacing="", prediction="eps"):
+    def __init__(self, steps=1000, prediction="eps"):
         betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
         alphas_cumprod = np.cumprod(1 - betas)
-        self.timestep_map = np.arange(1000)
-        if respacing:
-            self.timestep_map = np.array(spaced_timesteps(respacing, 1000))
+        self.timestep_map = np.array(spaced_timesteps(steps))
+        if steps < 1000:
             kept = alphas_cumprod[self.timestep_map]
             betas = 1 - kept / np.append(1.0, kept[:-1])
             alphas_cumprod = np.cumprod(1 - betas)
@@ -584,10 +544,10 @@ class GaussianDiffusion:
         x = noise
         for i in reversed(range(self.num_timesteps)):
             p = self.predict_at(model_fn, x, i, clip_denoised)
-            noise = noise_fn(x)  # drawn at the last step too, where it is not used: as many draws as steps
+            z = noise_fn(x)  # drawn at the last step too, where it is not used: as many draws as steps
             x = p["mean"]
             if i > 0:
-                x = x + (0.5 * p["log_variance"]).exp() * noise
+                x = x + (0.5 * p["log_variance"]).exp() * z
         return x
 
     @torch.no_grad()
@@ -607,14 +567,13 @@ class GaussianDiffusion:
         """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, so it needs fewer steps. Deterministic.
 
         Arguments as in p_sample_loop; sigma channels are ignored. With lambda = log(sqrt(acp) / sqrt(1 - acp)), a step
-        extrapolates x0 from the last two predictions. The first step has only one. Before t = 0 lambda jumps, and an
-        extrapolation that far does harm: this step is of first order too. A first-order step from acp = 0.5 to 0.8:
+        extrapolates x0 from the last two predictions. Two steps use one prediction alone (first order): the first one,
+        which has no other, and the one from step 1 to step 0, where lambda jumps too far to extrapolate.
+        A first-order step from acp = 0.5 to 0.8, where x = 0.707 x0 + 0.707 eps becomes 0.894 x0 + 0.447 eps:
 
         >>> h = 0.5 * math.log(0.8 / 0.2) - 0.5 * math.log(0.5 / 0.5)  # lambda rises by 0.693
         >>> f"x becomes {math.sqrt(0.2 / 0.5):.3f} x + {-math.sqrt(0.8) * math.expm1(-h):.3f} x0"
         'x becomes 0.632 x + 0.447 x0'
-
-        If x was 0.707 x0 + 0.707 eps, it is 0.894 x0 + 0.447 eps: the same eps, at the noise level of acp = 0.8.
         """
         half_log_snr = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))  # lambda
         x = noise
@@ -633,10 +592,43 @@ class GaussianDiffusion:
             previous_x0 = x0
 
 
+def extract(table, t):
+    """table[t] as fp32 (B, 1, 1, 1), to go with images (B, C, H, W)."""
+    return torch.from_numpy(table).to(t.device)[t].float().view(-1, 1, 1, 1)
+
+
+def spaced_timesteps(steps):
+    """The timesteps that a shorter process keeps, evenly from 0 to 999 (ADM). ValueError: not 1 to 1000 steps."""
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"{steps} steps, expected 1 to 1000")
+    if steps == 1:
+        return [999]  # one step starts from pure noise (ADM would keep timestep 0, a nearly clean image)
+    strides = np.full(steps - 1, 999 / (steps - 1))
+    return [round(position) for position in np.cumsum(np.append(0.0, strides))]  # i * stride may round otherwise
+
+
+def gaussian_kl(mean1, logvar1, mean2, logvar2):
+    """KL divergence between two Gaussians, in nats."""
+    return 0.5 * (-1 + logvar2 - logvar1 + (logvar1 - logvar2).exp() + (mean1 - mean2) ** 2 * (-logvar2).exp())
+
+
+def discretized_gaussian_nll(x, mean, log_scale):
+    """-log of the mass that a Gaussian puts on x's own bin of width 2/255 (DDPM section 3.3)."""
+
+    def normal_cdf(z):  # ADM's approximation
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    inv_std = (-log_scale).exp()
+    below_upper_edge = normal_cdf(inv_std * (x - mean + 1 / 255))
+    below_lower_edge = normal_cdf(inv_std * (x - mean - 1 / 255))
+    mass = below_upper_edge - below_lower_edge
+    mass = torch.where(x > 0.999, 1 - below_lower_edge, mass)  # the brightest bin reaches to infinity
+    mass = torch.where(x < -0.999, below_upper_edge, mass)  # and the darkest to minus infinity
+    return -mass.clamp(min=1e-12).log()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Packing: four weights in a byte
-
-SMALL_ROWS = 8  # up to so many rows of x, reading the weights takes most of the time
 
 
 def pack_ternary(codes):
@@ -680,11 +672,12 @@ def packed_linear_plain(x, weight, alphas, bias):
 class PackedTernaryLinear(nn.Module):
     """TernaryLinear for inference, at 2 bits a weight: x (..., K) -> (..., N).
 
-    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. in_dtype sets the two below.
+    `weight` (N/4, K) uint8 as in pack_ternary, `alphas` (1,), `bias` (N,) or None. packed_linear computes what
+    packed_linear_plain does, but faster. in_dtype sets product_dtype and is_adaln.
     """
 
     product_dtype = torch.float32
-    most_small_rows = SMALL_ROWS
+    is_adaln = False
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
@@ -697,30 +690,8 @@ class PackedTernaryLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or self.alphas.requires_grad):
             y = packed_linear_plain(rows, self.weight, self.alphas, self.bias)  # only the plain form has a gradient
         else:
-            y = packed_linear(rows, self.weight, self.alphas, self.bias, self.product_dtype, self.most_small_rows)
+            y = packed_linear(rows, self.weight, self.alphas, self.bias, self.product_dtype, self.is_adaln)
         return y.unflatten(0, x.shape[:-1])
-
-
-def packed_linear(x, weight, alphas, bias, dtype, most_small_rows=SMALL_ROWS):
-    """x (M, K) times a packed weight in the fastest way -> (M, N). The first of these that fits:
-
-        a GPU, bf16               kernel.cu multiplies by the packed bytes (section 8) -> bf16
-        a CPU, few rows or adaLN  small_rows: x is not rounded; faster than dense bf16 (section 6) -> fp32
-        int8                      int8_linear: x is rounded, the sums are exact (section 6) -> bf16
-        all else                  packed_linear_plain, which unpacks at every call -> dtype
-    Without nvcc or g++ the first, or second, does not fit: a warning says so once. Under autograd forward is plain."""
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x of (M, {weight.shape[1]}) wanted, got {tuple(x.shape)}")
-    x = x.contiguous()  # C++ gets bare addresses
-    weight = weight.contiguous()
-    if x.is_cuda and dtype == torch.bfloat16 and cuda_kernel(x.device):
-        bias = None if bias is None else bias.to(dtype)
-        return launch_kernel(cuda_kernel(x.device), x.to(dtype), weight, alphas, bias)
-    if x.device.type == "cpu" and len(x) <= most_small_rows and cpu_kernel():
-        return small_rows(x, weight, alphas, bias)
-    if dtype == torch.int8:
-        return int8_linear(x, weight, alphas, bias)
-    return packed_linear_plain(x.to(dtype), weight, alphas, bias)
 
 
 @torch.no_grad()
@@ -739,25 +710,54 @@ def pack_model(model):
     return packed.eval().requires_grad_(False)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Fast products with packed weights: skip on first reading
+
+SMALL_ROWS = 8  # up to so many rows of x, reading the weights takes most of the time
+
+
+def packed_linear(x, weight, alphas, bias, dtype, is_adaln=False):
+    """x (M, K) times a packed weight in the fastest way -> (M, N). The first line that fits is taken:
+
+        device  rows M          dtype   product
+        GPU     any             bf16    launch_kernel: small_batch up to 16 rows, then wgmma (Hopper) or mma  -> bf16
+        CPU     up to 8; adaLN  any     small_rows: reads the packed bytes once, x is not rounded             -> fp32
+        any     any             int8    int8_linear: x is rounded, the sums are exact                         -> bf16
+        any     any             others  packed_linear_plain, which unpacks at every call                      -> dtype
+
+    Without nvcc the first line never fits, without g++ the second; a warning says so once. Without g++ int8_linear is
+    int8_linear_plain. Where x or alphas need a gradient, PackedTernaryLinear takes packed_linear_plain instead.
+    """
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x of (M, {weight.shape[1]}) wanted, got {tuple(x.shape)}")
+    x = x.contiguous()  # C++ gets bare addresses
+    weight = weight.contiguous()
+    if x.is_cuda and dtype == torch.bfloat16 and cuda_kernel(x.device):
+        bias = None if bias is None else bias.to(dtype)
+        return launch_kernel(cuda_kernel(x.device), x.to(dtype), weight, alphas, bias)
+    if x.device.type == "cpu" and (is_adaln or len(x) <= SMALL_ROWS) and cpu_kernel():
+        return small_rows(x, weight, alphas, bias)
+    if dtype == torch.int8:
+        return int8_linear(x, weight, alphas, bias)
+    return packed_linear_plain(x.to(dtype), weight, alphas, bias)
+
+
 def in_dtype(model, dtype):
     """Set the dtype of the products with packed weights: fp32, bf16 or int8. -> the model
 
-    Embeddings, norms, residual stream and final layer stay in fp32. So do adaLN's projections with int8, and on a CPU
-    with g++: they steer whole blocks, and would cause most of int8's error. Full precision is in dtype as a whole."""
+    Embeddings, norms, residual stream and final layer stay in fp32. adaLN's projections would cause most of int8's
+    error, because they steer whole blocks: with int8 they are in fp32, and on a CPU they take small_rows whatever the
+    dtype. A model in full precision is put in dtype as a whole.
+    """
     if not model.config.ternary:
         if dtype == torch.int8:
             raise ValueError("int8 is for ternary weights, this checkpoint is in full precision")
         return model.to(dtype)
     for name, module in model.named_modules():
         if isinstance(module, PackedTernaryLinear):
-            is_adaln = "adaLN_modulation" in name
-            module.product_dtype = torch.float32 if is_adaln and dtype == torch.int8 else dtype
-            module.most_small_rows = 1 << 30 if is_adaln else SMALL_ROWS
+            module.is_adaln = "adaLN_modulation" in name
+            module.product_dtype = torch.float32 if module.is_adaln and dtype == torch.int8 else dtype
     return model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Packed layers on a CPU: integer products, and few rows
 
 
 def int8_linear_plain(x, weight, alphas, bias):
@@ -794,7 +794,7 @@ def int8_linear(x, weight, alphas, bias):
     if not call_cpu("quantize_rows", x, x.dtype == torch.bfloat16, levels, scales, M, K):
         return int8_linear_plain(x, weight, alphas, bias)  # x is not finite, and this says so
     call_cpu("unpack", weight, codes, weight.numel())
-    chunk = max(1, (1 << 22) // N)  # 16 MB of sums: larger blocks go back to the system and are faulted in again
+    chunk = max(1, (1 << 22) // N)  # 16 MB of sums: malloc keeps blocks of this size for the next layer
     for first in range(0, M, chunk):
         rows = slice(first, first + chunk)
         sums = torch._int_mm(levels[rows], codes.t())  # (rows, N) int32
@@ -837,8 +837,8 @@ def cpu_kernel():
     library.quantize_rows.argtypes = [address, ctypes.c_int, address, address, size, size]
     library.unpack.argtypes = [address, address, size]
     library.scale_rows.argtypes = [address, address, ctypes.c_float, address, address, size, size]
-    # glibc returns large freed blocks to the system, and the next layer would fault their pages in again: half of a
-    # step's time. Once one of 31 MB was freed, it keeps later ones. This one is never touched, so it costs no memory.
+    # glibc gives large freed blocks back to the system, and getting them anew takes half of a step's time. Once one of
+    # 31 MB was freed, it keeps later ones. This one is never touched, so it costs no memory.
     torch.empty(31 << 20, dtype=torch.uint8)
     return library
 
@@ -850,7 +850,7 @@ def first_line(e):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Checkpoints
+# 7. Checkpoints: skip on first reading
 
 FORMAT = "terdit-1"
 

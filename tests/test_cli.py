@@ -65,7 +65,7 @@ def test_sampling_is_guided_within_the_interval_with_noise_by_number(ckpt, sampl
         guided = torch.cat([uncond[:, :2] + 3 * (cond - uncond)[:, :2], cond[:, 2:]], dim=1)
         return guided if 200 <= t[0] <= 799 else cond  # of 999, 799, 599, 400, 200, 0
 
-    diffusion = GaussianDiffusion("6", "v")
+    diffusion = GaussianDiffusion(6, "v")
     if sampler == "ddpm":
         want = diffusion.p_sample_loop(guided_model, noise(), clip_denoised=True, noise_fn=noise)
     else:
