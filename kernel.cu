@@ -18,33 +18,6 @@
 //   small_batch  up to 16 tokens, where reading the weights takes most of the time
 //   mma          tensor cores of sm_80 and later
 //   wgmma        tensor cores of Hopper, sm_90a; for a second evening
-//
-// Why the fast kernels compute Y^T = W X^T: it makes W the first operand (A) of the tensor core instruction, and A may
-// lie in registers. So a weight goes from its packed byte straight into a register, and no dequantized weight is ever
-// written to memory. X is the second operand (B), Y^T the result (D).
-//
-// What a lane holds: the 32 lanes of a warp share the operands of D (16 x 8) += A (16 x 16) * B (16 x 8). Let
-// g = lane / 4 and c = lane % 4 (the PTX manual calls them groupID and threadID_in_group). The manual's tables say:
-//
-//      A, 16 rows x 16 columns     columns 2c, 2c+1    columns 2c+8, 2c+9
-//          row g                      register 0           register 2         two bf16 weights in a register
-//          row g + 8                  register 1           register 3
-//      B, 16 columns x 8 tokens    columns 2c, 2c+1    columns 2c+8, 2c+9
-//          token g                    register 0           register 1         two bf16 values of X in a register
-//      D, 16 rows x 8 tokens          token 2c             token 2c+1
-//          row g                      element 0            element 1          one fp32 sum in a register
-//          row g + 8                  element 2            element 3
-//
-// How W becomes A: a warp takes 8 byte rows and makes two matrices A of them, called fragments. For each 16 columns a
-// lane reads 4 bytes of byte row g and uses each of them in both fragments:
-//
-//      fragment 0:  row g is quarter 0 of byte row g, row g + 8 is quarter 1
-//      fragment 1:  row g is quarter 2 of byte row g, row g + 8 is quarter 3
-//
-//   Example for A: lane 9 is g = 2, c = 1. It holds rows 2 and 10, columns 2, 3, 10 and 11. In fragment 1 its row 10 is
-//   quarter 3 of byte row 2, and that is weight row 3n + 2 of W.
-//   Example for D: lane 9 gets the sums of the same rows 2 and 10, for tokens 2 and 3. In fragment 1 its element 3 is
-//   row 10, token 3. That is the output of token 3 and weight row 3n + 2: Y[3, 3n + 2].
 #include <stdint.h>
 
 #ifndef CPU  // With -DCPU only the last section is compiled, by g++.
@@ -103,6 +76,36 @@ __global__ void naive(Args p) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// What a lane holds of the tensor core instruction
+//
+// The 32 lanes of a warp share the operands of D (16 x 8) += A (16 x 16) * B (16 x 8). Let g = lane / 4 and
+// c = lane % 4 (the PTX manual calls them groupID and threadID_in_group). The manual's tables say:
+//
+//      A, 16 rows x 16 columns     columns 2c, 2c+1    columns 2c+8, 2c+9
+//          row g                      register 0           register 2         two bf16 weights in a register
+//          row g + 8                  register 1           register 3
+//      B, 16 columns x 8 tokens    columns 2c, 2c+1    columns 2c+8, 2c+9
+//          token g                    register 0           register 1         two bf16 values of X in a register
+//      D, 16 rows x 8 tokens          token 2c             token 2c+1
+//          row g                      element 0            element 1          one fp32 sum in a register
+//          row g + 8                  element 2            element 3
+//
+// Why the fast kernels compute Y^T = W X^T: it makes W the first operand (A) of the tensor core instruction, and A may
+// lie in registers. So a weight goes from its packed byte straight into a register, and no dequantized weight is ever
+// written to memory. X is the second operand (B), Y^T the result (D).
+//
+// How W becomes A: a warp takes 8 byte rows and makes two matrices A of them, called fragments. For each 16 columns a
+// lane reads 4 bytes of byte row g and uses each of them in both fragments:
+//
+//      fragment 0:  row g is quarter 0 of byte row g, row g + 8 is quarter 1
+//      fragment 1:  row g is quarter 2 of byte row g, row g + 8 is quarter 3
+//
+//   Example for A: lane 9 is g = 2, c = 1. It holds rows 2 and 10, columns 2, 3, 10 and 11. In fragment 1 its row 10 is
+//   quarter 3 of byte row 2, and that is weight row 3n + 2 of W.
+//   Example for D: lane 9 gets the sums of the same rows 2 and 10, for tokens 2 and 3. In fragment 1 its element 3 is
+//   row 10, token 3. That is the output of token 3 and weight row 3n + 2: Y[3, 3n + 2].
+
+// ---------------------------------------------------------------------------------------------------------------------
 // dequantize: from packed bytes to bf16
 //
 // No integer is converted: an inverted code is the top 2 bits (the sign and the highest exponent bit) of the float that
@@ -129,8 +132,9 @@ constexpr uint32_t BYTES_0_AND_1_ON_TOP = 0x1404;
 constexpr uint32_t BYTES_2_AND_3_ON_TOP = 0x3424;
 constexpr uint32_t TOP_2_BITS_OF_HALVES = 0xC000C000;
 
-// One lane's 4 bytes -> its registers of both fragments, a[fragment][register]. Bytes 0 and 1 of `word` are columns 2c
-// and 2c+1 of A, bytes 2 and 3 are columns 2c+8 and 2c+9.
+// One lane's 4 bytes -> its registers of both fragments, a[fragment][register]. Bytes 0 and 1 of `word` become columns
+// 2c and 2c+1 of A, bytes 2 and 3 columns 2c+8 and 2c+9. In wgmma these are the columns of W in memory; small_batch and
+// mma take four neighbours of W instead: see multiply_64_columns.
 __device__ inline void dequantize(uint32_t word, uint32_t (&a)[2][4]) {
   const uint32_t pairs[2] = {__byte_perm(~word, 0, BYTES_0_AND_1_ON_TOP), __byte_perm(~word, 0, BYTES_2_AND_3_ON_TOP)};
   UNROLL for (int quarter = 0; quarter < 4; quarter++) {
@@ -192,8 +196,8 @@ __device__ inline void multiply_64_columns(float (&acc)[2][TOKEN_TILES][4], uint
 // acc holds this lane's sums, [fragment][tile of 8 tokens][element of D], for 8 byte rows from row0 on and for the
 // tokens from token0 on. The 8 lanes of one c write 16 neighbouring bytes. To collect outputs in shared memory first
 // would make wider stores; no one has measured what it gains.
-//   Example: lane 9 (g = 2, c = 1) at tile 2, right = 1 writes token token0 + 8 * 2 + 2 * 1 + 1 = token0 + 19. Its output
-//   of quarter 3 is element 3 of fragment 1.
+//   Example: lane 9 (g = 2, c = 1) at tile 2, right = 1 writes token token0 + 8 * 2 + 2 * 1 + 1 = token0 + 19. Its
+//   output of quarter 3 is element 3 of fragment 1.
 template <int TOKEN_TILES>
 __device__ inline void write_outputs(const float (&acc)[2][TOKEN_TILES][4], const Args& p, int row0, int token0) {
   const int n = p.N / 4;
@@ -328,17 +332,18 @@ __device__ inline void copy_box(char* to, const void* matrix, int rows, int row_
 //   Example: lane 9 (g = 2, c = 1) of warp 6. Warp 6 has byte rows 8 * (6 % 4) = 16 to 23 and, as 6 / 4 = 1, the second
 //   half of the tokens. So this lane holds byte row 18 and, in slice 5, columns 5 * 64 + 1 * 16 = 336 to 351.
 //
-// The ring: shared memory has room for 4 slices of X, the stages. Slice s is in stage s % 4.
+// The ring: shared memory has room for 4 slices of X, the stages. Slice s is in stage s % 4. Below, [1] is the slice
+// that is multiplied, >4 one that is asked for at that time, and a plain number one that is on its way or has landed.
 //
 //      time       stage 0   stage 1   stage 2   stage 3
 //      slice 0      [0]        1         2        >3
-//      slice 1      >4        [1]        2         3        [1]  slice 1 is multiplied
-//      slice 2       4        >5        [2]        3         2   slice 2 is on its way, or has landed
-//      slice 3       4         5        >6        [3]       >4   slice 4 is asked for, where slice 0 was
+//      slice 1      >4        [1]        2         3        slice 4 takes the place of slice 0
+//      slice 2       4        >5        [2]        3
+//      slice 3       4         5        >6        [3]
 //      slice 4      [4]        5         6        >7
 //
-// Why a stage is reloaded one slice late: stage 0 is free when all warps have finished slice 0. A warp learns that of
-// the others only at the barrier of slice 1. To reload stage 0 earlier would take a second barrier in each slice.
+// Why stage 0 is reloaded in slice 1, not at the end of slice 0: it is free when all warps have finished slice 0, and a
+// warp learns that of the others only at the barrier of slice 1. An earlier reload would take a second barrier a slice.
 
 constexpr int STAGES = 4;
 
@@ -404,7 +409,7 @@ __global__ void __launch_bounds__(256, BLOCK_TOKENS < 128 ? 2 : 1) mma_gemm(Args
 //
 // A thread block computes 32 * WARPGROUPS byte rows for 64 * TILES tokens, in slices of 128 columns of K.
 // A warpgroup  is 4 warps, which share one wgmma: D (64 x 64) += A (64 x 16) * B (16 x 64).
-// A warp       computes 8 byte rows for all of the block's tokens. The header's tables show its 16 rows of A and D;
+// A warp       computes 8 byte rows for all of the block's tokens. The tables of lanes show its 16 rows of A and D;
 //              elements 4j to 4j + 3 of D are tokens 8j to 8j + 7.
 // A lane       dequantizes columns 2c, 2c+1, 2c+8 and 2c+9 of byte row g, in each step of 16 columns.
 // Why fast     Only wgmma reaches the full rate of Hopper's tensor cores. As it runs in the background, a step is
@@ -652,7 +657,7 @@ extern "C" int ternary_linear(const void* X, const void* W, const void* alpha, c
 #endif  // not CPU
 
 // ---------------------------------------------------------------------------------------------------------------------
-// CPU: terdit.py compiles this part with g++ -DCPU and calls it through ctypes
+// CPU (skip on first reading): terdit.py compiles this part with g++ -DCPU and calls it through ctypes
 //
 // Many rows of x are multiplied in int8: quantize_rows, unpack, torch's integer matmul, scale_rows. Each of these three
 // replaces several passes of PyTorch over memory by one. Few rows are multiplied in fp32, by small_rows.
@@ -748,7 +753,8 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
 // ROWS rows of x, ordered, times a byte row of W -> sums[row][quarter]. fp-contract multiplies and adds in one
-// instruction, which is faster. It changes no bit, because a product by -2, 0 or 2 is exact.
+// instruction, which is faster. It changes no bit here, because a product by -2, 0 or 2 is exact. (The rest of the file
+// is compiled without it, because scale_rows' products are rounded.)
 __attribute__((optimize("fp-contract=fast")))
 inline void multiply_rows(const Floats* x, const uint8_t* w, long K, float (&sums)[ROWS][4]) {
   const long blocks = (K + COLUMNS - 1) / COLUMNS;
@@ -780,7 +786,7 @@ inline void multiply_rows(const Floats* x, const uint8_t* w, long K, float (&sum
 extern "C" void small_rows(const float* x, const uint8_t* W, float alpha, const float* bias, float* y,
                            long M, long K, long n) {
   const long blocks = (K + COLUMNS - 1) / COLUMNS;
-  std::vector<Floats> ordered((M + ROWS - 1) * blocks * 4);  // zeros where there is no row or column
+  std::vector<Floats> ordered((M + ROWS - 1) * blocks * 4);  // zeros past the last row and column of x
   for (long m = 0; m < M; m++) {
     for (long k = 0; k < K; k++) {
       const long vector = (m * blocks + k / COLUMNS) * 4 + k % 4;

@@ -45,7 +45,217 @@ from terdit import first_line, in_dtype, load_model, pack_model, read_checkpoint
 from terdit import unpack_ternary
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings
+# 1. The loop: `train` is all steps, `train_step` one update
+
+
+class Run:
+    """What a step of training reads and changes."""
+
+    def __init__(self, settings, description, data, model, ema, teacher):
+        self.settings = settings
+        self.description = description  # what a state says of its run
+        self.data = data
+        self.model = model
+        self.ema = ema  # the averaged model, which is validated, drawn and saved in model_path
+        self.model_path = Path(settings.out) / ("full.pt" if settings.full_precision else "packed.pt")
+        self.teacher = teacher  # a model in eval mode, or None
+        self.optimizer = make_optimizer(model, settings)
+        self.diffusion = GaussianDiffusion(prediction=model.config.prediction)
+        self.step = 0  # steps that are done
+        self.stats = None  # StepStats of the last one
+
+
+def train(run):
+    """All steps from the run's own to the last, or until a signal comes."""
+    settings = run.settings
+    log = Log(run)
+    progress = Progress((settings.steps - run.step) * settings.batch)
+    stop = StopSignal()
+    stopped = False
+    pool = ThreadPoolExecutor(1)
+    upcoming = pool.submit(draw_batch, run, run.step)
+    while run.step < settings.steps and not stopped:
+        start = time.time()
+        batch = upcoming.result()  # a function of (seed, step)
+        upcoming = pool.submit(draw_batch, run, run.step + 1)  # a thread draws it while this step is computed
+        lr = set_learning_rate(run.optimizer, settings, run.step)
+        run.stats = train_step(run, batch, progress)
+        stopped = stop.requested()
+        is_last = run.step == settings.steps
+        saving = is_last or run.step % settings.save_every == 0
+        log.add(run.stats, lr, time.time() - start, saving)
+        if saving or stopped:
+            save_state(run)
+        if saving and settings.grid and ranks()[0] == 0:
+            draw_grid(run, "grid.png" if is_last else f"grid-{run.step:07d}.png")
+    if stopped and run.step < settings.steps:
+        print(f"stopped at step {run.step}, saved in {settings.out}; the same command (without --fresh) goes on")
+        sys.exit(128 + (stop.received or signal.SIGTERM))
+    print(f"{run.model_path}: {run.model_path.stat().st_size / 1e6:.2f} MB, step {run.step}")
+
+
+@dataclass
+class StepStats:
+    """Statistics of one step, over all processes."""
+
+    loss: float  # mean over the batch, without the teacher's term
+    distill: float  # the teacher's term: mean square between its outputs and the model's; 0 without a teacher
+    grad_norm: float  # before clipping
+
+
+def train_step(run, batch, progress):
+    """One update of the weights and of their average -> StepStats. The teacher's term is added here."""
+    settings = run.settings
+    world = ranks()[1]
+    loss = torch.zeros((), device=settings.device, dtype=torch.float64)
+    distill = torch.zeros((), device=settings.device, dtype=torch.float64)
+    what = f"step {run.step + 1}/{settings.steps}"
+    if run.stats:
+        what += f", loss {run.stats.loss:.4f}"
+    # Gradients add up over micro-batches, which bounds the memory of activations.
+    for part in batch.split(settings.micro_batch, settings.device):
+        terms = autocast_losses(run, run.model, part, run.teacher)
+        part_loss = terms["loss"].sum() / settings.batch
+        loss += part_loss.detach()
+        if run.teacher:
+            distill += terms["distill"].detach().sum() / settings.batch
+            part_loss = part_loss + settings.teacher_weight * terms["distill"].sum() / settings.batch
+        (part_loss * world).backward()  # FSDP takes the mean over the processes; this makes it the sum
+        progress.add(len(part.t) * world, what)
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)).item()
+    stats = StepStats(all_sum(loss).item(), all_sum(distill).item(), grad_norm)
+    if not math.isfinite(stats.loss + stats.distill + grad_norm):
+        raise ValueError(f"step {run.step + 1}: loss {stats.loss}, teacher's term {stats.distill}, gradient norm "
+                         f"{grad_norm}, not finite: stopped; {settings.out} keeps what was saved. Try a lower --lr")
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    update_average(run)
+    run.step += 1
+    return stats
+
+
+def autocast_losses(run, model, batch, teacher=None):
+    """GaussianDiffusion.training_losses of a micro-batch, in the dtype of the run."""
+    with torch.autocast(run.settings.device, torch.bfloat16, enabled=run.settings.dtype == "bf16"):
+        return run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise, teacher)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Batches: everything random, as a function of (seed, step)
+
+
+class Batch(NamedTuple):
+    x0: torch.Tensor  # (B, C, H, W) in [-1, 1], or latents
+    t: torch.Tensor  # (B,) int64
+    y: torch.Tensor  # (B,) int64; some are dropped: num_classes, the null label of guidance
+    noise: torch.Tensor  # (B, C, H, W)
+
+    def split(self, n, device):
+        """Micro-batches of n images on the device."""
+        return [Batch(*parts) for parts in zip(*(z.to(device).split(n) for z in self))]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    return torch.randperm(n, generator=generator(seed, 0, epoch))
+
+
+def draw_batch(run, step):
+    """What step number `step` sees -> Batch. Every process draws the numbers of the whole batch and keeps its slice."""
+    data = run.data
+    seed = run.settings.seed
+    n = run.settings.batch
+    n_images = len(data.train_index)
+    rng = generator(seed, 1, step)
+    places = [int(epoch_order(seed, i // n_images, n_images)[i % n_images]) for i in range(step * n, (step + 1) * n)]
+    index = data.train_index[places]
+    flip = torch.rand(n, generator=rng) < 0.5 if data.mirror else torch.zeros(n, dtype=torch.bool)
+    drop = torch.rand(n, generator=rng) < run.model.config.class_dropout_prob
+    t = draw_timesteps(n, run.diffusion, rng)
+    noise = torch.randn((n, *data.x.shape[2:]), generator=rng)
+    rank, world = ranks()
+    index, flip, drop, t, noise = (z.chunk(world)[rank] for z in (index, flip, drop, t, noise))
+    x0, labels = data.read(index, flip)
+    return Batch(x0, t, torch.where(drop, run.model.config.num_classes, labels), noise)
+
+
+def draw_timesteps(n, diffusion, rng):
+    """t (n,). For eps: uniform, as in the paper. For v: logSNR is normal, mean -2, standard deviation 2.5, and one in
+    twenty is uniform. Most then fall between t = 200 and 800, where a picture's layout is decided: a short training has
+    no time for nearly clean images, or nearly pure noise, which teach little. Image i draws its quantile between i / n
+    and (i + 1) / n, so no batch lacks a noise level. Each process gets a range of them, and gradients are summed."""
+    if diffusion.prediction == "eps":
+        return torch.randint(1000, (n,), generator=rng)
+    quantile = (torch.arange(n) + torch.rand(n, generator=rng)) / n  # spread evenly over the batch
+    t = find_timesteps(-2 + 2.5 * torch.special.ndtri(quantile.double().clamp(1e-6, 1 - 1e-6)), diffusion)
+    is_uniform = torch.rand(n, generator=rng) < 0.05
+    return torch.where(is_uniform, torch.randint(1000, (n,), generator=rng), t)
+
+
+def find_timesteps(log_snr, diffusion):
+    """The last timestep at which log(alphas_cumprod / (1 - alphas_cumprod)) is at least log_snr (n,), or 0 -> (n,)
+    >>> find_timesteps(torch.tensor([10.0, 3.0, -2.0, -7.0, -12.0], dtype=torch.float64), GaussianDiffusion()).tolist()
+    [0, 64, 455, 830, 999]
+    """
+    table = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))  # (1000,), it falls
+    return ((table >= log_snr[:, None]).sum(1) - 1).clamp(min=0)  # of the timesteps 0, 1, ... so clean: the last
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Optimizer, average, learning rate
+
+
+def make_optimizer(model, settings):
+    """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer. Decay shrinks the blocks' matrices.
+    Scaling a whole matrix leaves its ternary codes as they are, so the output does not change. But the smaller the
+    latent weights are, the fewer steps a code takes to flip: with decay, codes go on flipping until the rate falls."""
+    alphas = dict(params=[], lr_scale=0.2, decayed=False)
+    matrices = dict(params=[], lr_scale=1.0, decayed=True)
+    others = dict(params=[], lr_scale=1.0, decayed=False)
+    for name, p in model.named_parameters():
+        group = others
+        if name.endswith("alphas"):
+            group = alphas
+        elif name.startswith("layers.") and p.ndim == 2:
+            group = matrices
+        group["params"].append(p)
+    groups = [group for group in (others, matrices, alphas) if group["params"]]  # full precision has no alphas
+    optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, settings.beta2), weight_decay=0.0, fused=True)
+    for p in model.parameters():
+        # AdamW's first state as it makes it itself, so that there are tensors to load into.
+        zeros = torch.zeros_like(p.detach())
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=zeros, exp_avg_sq=zeros.clone())
+    return optimizer
+
+
+@torch.no_grad()
+def update_average(run):
+    """The exported weights: an exponential moving average of the latent weights, which is ternarized afterwards.
+    Its decay grows as (1 + step) / (10 + step) up to ema_decay. With the full decay from the start, a short run would
+    export mostly the random weights that it started from. 1 - decay is 9 / (10 + step), so a short run averages over
+    about its last ninth. A long one averages over 1 / (1 - ema_decay) steps. In images, for 600M and for the demo:
+    >>> round(256 / (1 - 0.9999)), round(16 / (1 - 0.995))
+    (2560000, 3200)
+    """
+    decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step)) if run.step else 0.0
+    for averaged, p in zip(run.ema.parameters(), run.model.parameters()):
+        averaged.lerp_(p, 1 - decay)
+
+
+def set_learning_rate(optimizer, settings, step):
+    """The rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small. -> the rate"""
+    warmup = max(1, min(settings.warmup, settings.steps // 10))
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    lr = settings.lr * min(1, (step + 1) / warmup) * cosine
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if group["decayed"]:
+            group["weight_decay"] = settings.weight_decay if step < settings.decay_until * settings.steps else 0.0
+    return lr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Settings, and the start of a run. Skip this and the rest on first reading
 
 
 def setting(default, help, **options):
@@ -89,8 +299,7 @@ class TrainConfig:
     dtype: str = setting(None, "of matmuls; default bf16 where the hardware multiplies it", choices=["bf16", "fp32"])
 
 
-# What a size changes. The demo sizes are tuned for minutes on two cores; decay keeps their codes flipping (see
-# make_optimizer). The paper's 600M model saw 448M images, a batch of 256 is our reading; its 4.2B model saw 604M.
+# What a size changes. The demo sizes are tuned for minutes on two cores; why they decay: see make_optimizer.
 DEMO = dict(image_size=24, batch=16, steps=4500, lr=4e-3, warmup=50, beta2=0.99, weight_decay=0.3, decay_until=1.0,
             ema_decay=0.995, qk_norm=False, grid=40)  # fmt: skip
 RECIPES = {"tiny": DEMO, "small": DEMO, "4.2B": dict(batch=512, steps=1_180_000)}
@@ -122,14 +331,16 @@ def parse_args(argv=None):
 
 
 def make_settings(given, base, saved):
-    """-> TrainConfig: its defaults, then the recipe of base's size, then --init, --data, the state, the command."""
+    """-> TrainConfig. The last that names a value counts: the dataclass, the recipe of base's size, --init and --data,
+    the state (`saved`), the flags of the command (`given`)."""
     values = dict(size="B")  # a shape without a name takes B's recipe, the paper's
     for name, shape in SIZES.items():
         if (base.dim, base.n_layers) == (shape["dim"], shape["n_layers"]):
             values = dict(size=name) | RECIPES.get(name, {})
     if "init" in given:
         values |= dict(image_size=base.input_size, qk_norm=base.qk_norm)
-        if base.ternary == (not given.get("full_precision", False)):  # the same kind of model keeps its norm
+        will_be_ternary = not given.get("full_precision", False)
+        if base.ternary == will_be_ternary:  # else a norm is added or removed, and init_from sees to it
             values["adaln_norm"] = base.adaln_norm
         if base.vae and "data" not in given:
             raise ValueError(f"--init {given['init']} works on latents of {base.vae}: add --data and --vae")
@@ -148,10 +359,6 @@ def make_settings(given, base, saved):
         multiplies_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     settings.dtype = settings.dtype or ("bf16" if multiplies_bf16 else "fp32")
     return settings
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training: `train` is the loop, `train_step` one update
 
 
 def main(argv=None):
@@ -175,7 +382,7 @@ def setup(given):
     else:
         if rank == 0:
             init = load_model(find_checkpoint(given["init"]))
-        base = from_rank_0(init and init.config)
+        base = from_rank_0(init.config if init else None)
     kept = {name: state["run"][name] for name in ("micro_batch", "dtype")} if state else {}  # or sums round otherwise
     settings = make_settings(given, base, kept)
     if settings.batch % world:
@@ -228,241 +435,6 @@ def model_config(settings, base, cache):
                    vae=header.get("vae"), latent_scale=header.get("latent_scale", 1.0))  # fmt: skip
 
 
-class Run:
-    """What a step of training reads and changes."""
-
-    def __init__(self, settings, description, data, model, ema, teacher):
-        self.settings = settings
-        self.description = description  # what a state says of its run
-        self.data = data
-        self.model = model
-        self.ema = ema  # the averaged model, which is validated, drawn and saved in model_path
-        self.model_path = Path(settings.out) / ("full.pt" if settings.full_precision else "packed.pt")
-        self.teacher = teacher  # a model in eval mode, or None
-        self.optimizer = make_optimizer(model, settings)
-        self.diffusion = GaussianDiffusion(prediction=model.config.prediction)
-        self.step = 0  # steps that are done
-        self.stats = None  # StepStats of the last one
-
-
-def train(run):
-    """All steps from the run's own to the last, or until a signal comes."""
-    settings = run.settings
-    log = Log(run)
-    progress = Progress((settings.steps - run.step) * settings.batch)
-    stop = StopSignal()
-    stopped = False
-    pool = ThreadPoolExecutor(1)
-    upcoming = pool.submit(draw_batch, run, run.step)
-    while run.step < settings.steps and not stopped:
-        start = time.time()
-        batch = upcoming.result()  # a function of (seed, step)
-        upcoming = pool.submit(draw_batch, run, run.step + 1)  # a thread draws it while this step is computed
-        lr = set_learning_rate(run.optimizer, settings, run.step)
-        run.stats = train_step(run, batch, progress)
-        stopped = stop.requested()
-        is_last = run.step == settings.steps
-        saving = is_last or run.step % settings.save_every == 0
-        log.add(run.stats, lr, time.time() - start, saving)
-        if saving or stopped:
-            save_state(run)
-        if saving and settings.grid and ranks()[0] == 0:
-            draw_grid(run, "grid.png" if is_last else f"grid-{run.step:07d}.png")
-    if stopped and run.step < settings.steps:
-        print(f"stopped at step {run.step}, saved in {settings.out}; the same command (without --fresh) goes on")
-        sys.exit(128 + (stop.received or signal.SIGTERM))
-    if ranks()[0] == 0:
-        print(f"{run.model_path}: {run.model_path.stat().st_size / 1e6:.2f} MB, step {run.step}")
-
-
-@dataclass
-class StepStats:
-    """Statistics of one step, over all processes."""
-
-    loss: float  # mean over the batch, without the teacher's term
-    distill: float  # the teacher's term: mean square between its outputs and the model's; 0 without a teacher
-    grad_norm: float  # before clipping
-
-
-def train_step(run, batch, progress):
-    """One update of the weights and of their average -> StepStats. The teacher's term is added here."""
-    settings = run.settings
-    world = ranks()[1]
-    loss = torch.zeros((), device=settings.device, dtype=torch.float64)
-    distill = torch.zeros((), device=settings.device, dtype=torch.float64)
-    what = f"step {run.step + 1}/{settings.steps}"
-    if run.stats:
-        what += f", loss {run.stats.loss:.4f}"
-    # Gradients add up over micro-batches, which bounds the memory of activations.
-    for part in batch.split(settings.micro_batch, settings.device):
-        terms = autocast_losses(run, run.model, part, run.teacher)
-        part_loss = terms["loss"].sum() / settings.batch
-        loss += part_loss.detach()
-        if run.teacher:
-            distill += terms["distill"].detach().sum() / settings.batch
-            part_loss = part_loss + settings.teacher_weight * terms["distill"].sum() / settings.batch
-        (part_loss * world).backward()  # FSDP takes the mean over the processes
-        progress.add(len(part.t) * world, what)
-    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)).item()
-    stats = StepStats(all_sum(loss).item(), all_sum(distill).item(), grad_norm)
-    if not math.isfinite(stats.loss + stats.distill + grad_norm):
-        raise ValueError(f"step {run.step + 1}: loss {stats.loss}, teacher's term {stats.distill}, gradient norm "
-                         f"{grad_norm}, not finite: stopped; {settings.out} keeps what was saved. Try a lower --lr")
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    update_average(run)
-    run.step += 1
-    return stats
-
-
-def autocast_losses(run, model, batch, teacher=None):
-    """GaussianDiffusion.training_losses of a micro-batch, in the dtype of the run."""
-    with torch.autocast(run.settings.device, torch.bfloat16, enabled=run.settings.dtype == "bf16"):
-        return run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise, teacher)
-
-
-@torch.no_grad()
-def validate(run):
-    """Loss of the averaged model on the images held out, with the same timesteps and noise each time."""
-    x0, y = (z[: 4 * run.settings.batch] for z in run.data.held_out)
-    t = torch.arange(len(y)) * 1000 // len(y)
-    noise = torch.randn(x0.shape, generator=generator(run.settings.seed, 3))
-    total = 0.0
-    for part in Batch(x0, t, y, noise).split(run.settings.micro_batch, run.settings.device):
-        total += autocast_losses(run, run.ema, part)["loss"].sum().item()
-    if ranks()[1] > 1:
-        run.ema.reshard()  # FSDP keeps some of it whole after a forward pass
-    return total / len(y)
-
-
-def draw_grid(run, name):
-    """A sheet of samples of the file that was just saved, the classes in turn (the first ten of more)."""
-    settings = run.settings
-    model = load_model(run.model_path, settings.device)
-    config = model.config
-    n_classes = min(10, config.num_classes)
-    index = torch.arange(settings.grid)
-    x = sample_latents(model, index % n_classes, index, settings.seed)
-    vae = load_vae(config.vae, settings.device) if config.vae else None
-    save_grid(decode(vae, x, config.latent_scale), min(settings.grid, n_classes), Path(settings.out) / name)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches: everything random, as a function of (seed, step)
-
-
-class Batch(NamedTuple):
-    x0: torch.Tensor  # (B, C, H, W) in [-1, 1], or latents
-    t: torch.Tensor  # (B,) int64
-    y: torch.Tensor  # (B,) int64; some are dropped: num_classes, the null label of guidance
-    noise: torch.Tensor  # (B, C, H, W)
-
-    def split(self, n, device):
-        """Micro-batches of n images on the device."""
-        return [Batch(*parts) for parts in zip(*(z.to(device).split(n) for z in self))]
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed, epoch, n):
-    return torch.randperm(n, generator=generator(seed, 0, epoch))
-
-
-def draw_batch(run, step):
-    """What step number `step` sees -> Batch. Every process draws the numbers of the whole batch and keeps its slice."""
-    data = run.data
-    seed = run.settings.seed
-    n = run.settings.batch
-    n_images = len(data.train_index)
-    rng = generator(seed, 1, step)
-    places = [int(epoch_order(seed, i // n_images, n_images)[i % n_images]) for i in range(step * n, (step + 1) * n)]
-    index = data.train_index[places]
-    flip = torch.rand(n, generator=rng) < 0.5 if data.mirror else torch.zeros(n, dtype=torch.bool)
-    drop = torch.rand(n, generator=rng) < run.model.config.class_dropout_prob
-    t = draw_timesteps(n, run.diffusion, rng)
-    noise = torch.randn((n, *data.x.shape[2:]), generator=rng)
-    rank, world = ranks()
-    index, flip, drop, t, noise = (z.chunk(world)[rank] for z in (index, flip, drop, t, noise))
-    x0, labels = data.read(index, flip)
-    return Batch(x0, t, torch.where(drop, run.model.config.num_classes, labels), noise)
-
-
-def draw_timesteps(n, diffusion, rng):
-    """t (n,). For eps: uniform, as in the paper. For v: logSNR is normal, mean -2, standard deviation 2.5, and one in
-    twenty is uniform. Most then fall between t = 200 and 800, where a picture's layout is decided: a short training has
-    no time for nearly clean images, or nearly pure noise, which teach little. Image i draws its quantile between i / n
-    and (i + 1) / n. So each of several processes gets one range of noise levels; together they have all."""
-    if diffusion.prediction == "eps":
-        return torch.randint(1000, (n,), generator=rng)
-    quantile = (torch.arange(n) + torch.rand(n, generator=rng)) / n  # spread evenly over the batch
-    t = find_timesteps(-2 + 2.5 * torch.special.ndtri(quantile.double().clamp(1e-6, 1 - 1e-6)), diffusion)
-    is_uniform = torch.rand(n, generator=rng) < 0.05
-    return torch.where(is_uniform, torch.randint(1000, (n,), generator=rng), t)
-
-
-def find_timesteps(log_snr, diffusion):
-    """The last timestep at which log(alphas_cumprod / (1 - alphas_cumprod)) is at least log_snr (n,), or 0 -> (n,)
-    >>> find_timesteps(torch.tensor([10.0, 3.0, -2.0, -7.0, -12.0], dtype=torch.float64), GaussianDiffusion()).tolist()
-    [0, 64, 455, 830, 999]
-    """
-    table = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))
-    # The table falls, so flipped it rises. n_noisier timesteps lie below log_snr: 999, 998, ... The next is wanted.
-    n_noisier = torch.searchsorted(table.flip(0).contiguous(), log_snr)
-    return 999 - n_noisier.clamp(max=999)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer, average, rate, memory
-
-
-def make_optimizer(model, settings):
-    """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer. Decay shrinks the blocks' matrices.
-    Scaling a whole matrix leaves its ternary codes as they are, so the output does not change. But the smaller the
-    latent weights are, the fewer steps a code takes to flip: with decay, codes go on flipping until the rate falls."""
-    alphas = dict(params=[], lr_scale=0.2, decayed=False)
-    matrices = dict(params=[], lr_scale=1.0, decayed=True)
-    others = dict(params=[], lr_scale=1.0, decayed=False)
-    for name, p in model.named_parameters():
-        group = others
-        if name.endswith("alphas"):
-            group = alphas
-        elif name.startswith("layers.") and p.ndim == 2:
-            group = matrices
-        group["params"].append(p)
-    groups = [group for group in (others, matrices, alphas) if group["params"]]  # full precision has no alphas
-    optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, settings.beta2), weight_decay=0.0, fused=True)
-    for p in model.parameters():
-        # AdamW's first state as it makes it itself, so that there are tensors to load into.
-        zeros = torch.zeros_like(p.detach())
-        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=zeros, exp_avg_sq=zeros.clone())
-    return optimizer
-
-
-@torch.no_grad()
-def update_average(run):
-    """The exported weights: an exponential moving average of the latent weights, which is ternarized afterwards.
-    Its decay grows as (1 + step) / (10 + step) up to ema_decay. With the full decay from the start, a short run would
-    export mostly the random weights that it started from. 1 - decay is 9 / (10 + step), so a short run averages over
-    about its last ninth. A long one averages over 1 / (1 - ema_decay) steps. In images, for 600M and for the demo:
-    >>> round(256 / (1 - 0.9999)), round(16 / (1 - 0.995))
-    (2560000, 3200)
-    """
-    decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step)) if run.step else 0.0
-    for averaged, p in zip(run.ema.parameters(), run.model.parameters()):
-        averaged.lerp_(p, 1 - decay)
-
-
-def set_learning_rate(optimizer, settings, step):
-    """The rate warms up, then falls along a cosine to 1%: ternary codes settle only when it is small. -> the rate"""
-    warmup = max(1, min(settings.warmup, settings.steps // 10))
-    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    lr = settings.lr * min(1, (step + 1) / warmup) * cosine
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-        if group["decayed"]:
-            group["weight_decay"] = settings.weight_decay if step < settings.decay_until * settings.steps else 0.0
-    return lr
-
-
 def can_compile(device):
     """Try torch.compile on something small: it needs a C++ compiler and Python's headers, or Triton on a GPU."""
     try:
@@ -507,9 +479,9 @@ def free_memory():
 def memory_needed(config, dtype, device, world=1):
     """-> bytes that a process holds whatever the micro-batch, and bytes more for each of its images.
     The 600M model on a CPU in bf16: 20 bytes for each of 0.61 billion parameters are 12.2 GB (fp32 weights, gradients,
-    AdamW's two moments and averages, which processes share). int8 codes and bf16 weights, kept for the backward pass,
-    are 1.8 GB. An image is 16 blocks of 256 tokens of 140 kB: 0.57 GB. malloc keeps some of what is freed, so all is
-    taken by 1.1: measured are 16.1 GB at 1 image and 18.1 GB at 4.
+    AdamW's two moments and averages: each process holds its share). int8 codes and bf16 weights, kept for the backward
+    pass, are 1.8 GB, and of whole matrices in each process. An image is 16 blocks of 256 tokens of 140 kB: 0.57 GB.
+    malloc keeps some of what is freed, so all is taken by 1.1: measured are 16.1 GB at 1 image and 18.1 GB at 4.
     >>> [round(n_bytes / 1e9, 2) for n_bytes in memory_needed(Config(**SIZES["600M"]), "bf16", "cpu")]
     [15.43, 0.63]
     """
@@ -525,7 +497,7 @@ def memory_needed(config, dtype, device, world=1):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Many processes
+# 5. Many processes
 
 
 def all_sum(x):
@@ -573,7 +545,7 @@ def fill_tensors(tensors, values):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The state of a run: one file, with everything that an exact resume needs
+# 6. The state of a run: one file, with everything that an exact resume needs
 
 STATE = "terdit-state-4"
 COMPARED = "teacher teacher_weight batch lr warmup beta2 weight_decay decay_until ema_decay seed flip images".split()
@@ -608,9 +580,9 @@ def check_resumed(theirs, ours):
 
 
 def save_state(run):
-    """Write the averaged model, then the state of the run; the last two states are kept. A kill leaves each file old or
-    new, never half; in between, the older state makes that model again. Each tensor is gathered by itself, so a GPU
-    holds its part and one whole matrix; rank 0's memory holds the whole state."""
+    """Write the averaged model, then the state; the last two states are kept. A kill leaves each file old or new, never
+    half. After a kill between the two the run goes on from the older state, and comes to the same model again. Tensors
+    are gathered one by one: a GPU holds its part and one whole matrix, rank 0's memory the whole state."""
     is_first = ranks()[0] == 0
     tensors = {}
     for name, value in run_tensors(run).items():
@@ -643,15 +615,12 @@ def read_state(out):
                 raise ValueError(f"{path}: not {expected}")
         except ValueError as e:
             raise ValueError(f"{e}. Delete it to go on from the one before, or --fresh") from None
-    elif ranks()[0] == 0 and list(Path(out).glob("state-*/run.json")):
-        raise ValueError(f"{out} holds states of an older train.py, which this one cannot read: go on with that one, "
-                         "delete the folders state-*, or take another --out")  # fmt: skip
-    without_tensors = from_rank_0(state and state | dict(tensors=None))
+    without_tensors = from_rank_0(state | dict(tensors=None) if state else None)
     return state or without_tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log and signals
+# 7. Log, validation, grids, signals
 
 FIELDS = "step loss val_loss lr grad_norm images_per_s zero flipped distill".split()
 
@@ -659,8 +628,9 @@ FIELDS = "step loss val_loss lr grad_norm images_per_s zero flipped distill".spl
 class Log:
     """log.csv: a row every ten steps, and at every save. Rows past a resumed step are removed.
 
-        loss, distill   mean of the steps since the last row (of fewer after a resume); distill is the teacher's term
-        val_loss        of the averaged model, on images held out
+        loss            of the training batches: mean of the steps since the last row, without the teacher's term
+        distill         the teacher's term, mean of the same steps
+        val_loss        loss of the averaged model on images held out, at most 4 batches of them: see validate
         lr, grad_norm   of the row's last step; the norm before clipping
         images_per_s    since the row before, without saving and drawing
         zero, flipped   share of ternary codes that are 0, and that changed in the last 100 steps (or since the resume)
@@ -718,6 +688,32 @@ def sample_codes(model):
     return torch.cat(codes)
 
 
+@torch.no_grad()
+def validate(run):
+    """Loss of the averaged model on the images held out, with the same timesteps and noise each time."""
+    x0, y = (z[: 4 * run.settings.batch] for z in run.data.held_out)
+    t = torch.arange(len(y)) * 1000 // len(y)
+    noise = torch.randn(x0.shape, generator=generator(run.settings.seed, 3))
+    total = 0.0
+    for part in Batch(x0, t, y, noise).split(run.settings.micro_batch, run.settings.device):
+        total += autocast_losses(run, run.ema, part)["loss"].sum().item()
+    if ranks()[1] > 1:
+        run.ema.reshard()  # FSDP keeps some of it whole after a forward pass
+    return total / len(y)
+
+
+def draw_grid(run, name):
+    """A sheet of samples of the file that was just saved, the classes in turn (the first ten of more)."""
+    settings = run.settings
+    model = load_model(run.model_path, settings.device)
+    config = model.config
+    n_classes = min(10, config.num_classes)
+    index = torch.arange(settings.grid)
+    x = sample_latents(model, index % n_classes, index, settings.seed)
+    vae = load_vae(config.vae, settings.device) if config.vae else None
+    save_grid(decode(vae, x, config.latent_scale), min(settings.grid, n_classes), Path(settings.out) / name)
+
+
 class StopSignal:
     """Ctrl-C, SIGTERM, a closed terminal: noted, and looked at once a step by all processes. A second one ends it."""
 
@@ -741,7 +737,7 @@ class StopSignal:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# --init and --teacher
+# 8. --init and --teacher
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
@@ -776,17 +772,18 @@ def init_from(model, source, path):
     for name, module in source.named_modules():
         if isinstance(module, PackedTernaryLinear):
             theirs[f"{name}.weight"] = unpack_ternary(module.weight) * module.alphas.abs()
-    c = source.t_embedder(torch.linspace(0, 999, 50)) + theirs[LABEL_TABLE].mean(0)  # 50 timesteps
     rows = label_rows(source.config.class_names, model.config.class_names)
     if rows:
         theirs[LABEL_TABLE] = theirs[LABEL_TABLE][rows]
     else:
         print(f"new label table: {path} has {source.config.num_classes} other classes")
         theirs[LABEL_TABLE] = ours[LABEL_TABLE]
-    for name in ours.keys() - theirs.keys():
+    # What adaLN gets: 50 timesteps, with the mean of the labels.
+    c = source.t_embedder(torch.linspace(0, 999, 50)) + source.y_embedder.embedding_table.weight.mean(0)
+    for name in ours.keys() - theirs.keys():  # what a model in full precision lacks
         if name.endswith("alphas"):
             theirs[name] = theirs[name.replace("alphas", "weight")].abs().mean().view(1)
-        elif name.endswith("adaLN_modulation.2.weight"):
+        elif name.endswith("adaLN_modulation.2.weight"):  # the RMS Norm's gain
             outputs = source.layers[int(name.split(".")[1])].adaLN_modulation(c)
             theirs[name] = outputs.square().mean().sqrt().expand(outputs.shape[1])
     for name in sorted(ours.keys() | theirs.keys()):
@@ -798,7 +795,8 @@ def init_from(model, source, path):
 
 
 def load_teacher(settings, config):
-    """-> the model of --teacher in eval mode, its label table in our order. It adds `distill` to loss and log."""
+    """-> the model of --teacher in eval mode, its label table in our order. Each process holds all of it, packed or in
+    the run's dtype; memory_needed does not count it. train_step adds its term; the log's loss and val_loss lack it."""
     teacher = load_model(from_rank_0(find_checkpoint(settings.teacher)))
     names = ["prediction", "in_channels", "input_size", "learn_sigma"] + (["latent_scale"] if config.vae else [])
     require_same(f"--teacher {settings.teacher}", teacher.config, config, names)
@@ -818,12 +816,15 @@ def load_teacher(settings, config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: the embedded digits in memory, or a memory-mapped cache of images or latents
+# 9. Data: the embedded digits in memory, or a memory-mapped cache of images or latents
 
 
 @dataclass
 class Data:
-    """x (n, 1, 3, H, W) uint8 images or (n, 2, C, h, w) fp16 latents, in memory or mapped, and their labels (n,)."""
+    """x (n, 1, 3, H, W) uint8 images or (n, 2, C, h, w) fp16 latents, in memory or mapped, and their labels (n,).
+    Processes agree on them: digits, and which images are held out, follow from the seed. Of a cache rank 0 makes the
+    files (open_cache), each process fills its part (fill_cache), and after a barrier all map the same files. So --out
+    lies on a disk that all see. draw_batch gives each process its slice of a batch."""
 
     x: np.ndarray
     labels: np.ndarray
@@ -927,8 +928,6 @@ def load_images(settings, rows):
     good = np.flatnonzero(rows.status == THERE)
     if not len(good):
         raise ValueError(f"--data {settings.data}: none of its {len(labels)} images can be read")
-    for label in sorted(set(range(len(names))) - set(labels[good].tolist())):
-        print(f"class {names[label]!r} has no image that can be read: it will not be learned")
     print(f"{len(good)} images of {len(names)} classes, {names!r:.99}, {len(labels) - len(good)} left out, from "
           f"{rows.folder}: delete it to read them again")  # fmt: skip
     n_left = np.bincount(labels[good])  # of each class, to learn from
@@ -1001,9 +1000,10 @@ def list_images(folder, out):
     if n_unused:
         print(f"{n_unused} files in {folder} are not used: no images that Pillow reads, or outside the class folders")
     names = sorted({name for _, name in files})
-    nested = set(names) - {name for path, name in files if path.count(os.sep) == 1}
+    # Where the root of a data set was named instead of its folder "train", images lie one folder deeper.
+    deeper = [path for path, _ in files if path.count(os.sep) > 1]
     in_train = [path for path, name in files if name.lower().startswith("train")]
-    if len(nested) == len(names) or sum(path.count(os.sep) > 1 for path in in_train) > len(in_train) / 2:
+    if len(deeper) == len(files) or len(set(deeper) & set(in_train)) > len(in_train) / 2:
         wrong = Path(in_train[0]).parts[0] if in_train else names[0]
         raise ValueError(f"--data {folder}: {wrong} holds only folders, or mostly: did you mean --data "
                          f"{folder / wrong}? If {names!r:.99} are the classes, put the images of {wrong} right into it")

@@ -224,7 +224,6 @@ def test_help_shows_every_default(monkeypatch, capsys):
         ("--init x.pt --size tiny", 2, "leave out --size"),
         ("--vae some/vae", 2, "--vae: needs --data"),
         ("--image-size 26", 1, "image size 26 is not a multiple of the patch size 4"),
-        ("--out old", 1, "old holds states of an older train.py"),
         ("--data missing", 1, "missing: no such folder"),
         ("--init missing.pt", 1, "missing.pt: no such file"),
         ("--teacher missing.pt", 1, "missing.pt: no such file"),
@@ -236,8 +235,6 @@ def test_help_shows_every_default(monkeypatch, capsys):
 )
 def test_refused_in_one_line_before_anything_is_written(tmp_path, monkeypatch, capsys, flags, code, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "old/state-0000010").mkdir(parents=True)
-    (tmp_path / "old/state-0000010/run.json").touch()
     small = Config(**SMALL | dict(pos_embed=True))
     save_checkpoint("packed.pt", pack_model(DiT(small)))
     save_checkpoint("full.pt", DiT(replace(small, ternary=False, adaln_norm=False, vae="some/vae")))
