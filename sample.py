@@ -234,8 +234,8 @@ def parse_args(argv=None):
     for name in ("n", "npz", "steps", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"argument --{name}: got {getattr(args, name)}, expected at least 1")
-    if not os.access(Path(args.out).resolve().parent, os.W_OK):
-        parser.error(f"argument --out: {args.out} is not in a folder that can be written to")
+    if os.path.isdir(args.out) or not os.access(Path(args.out).resolve().parent, os.W_OK):
+        parser.error(f"argument --out: {args.out} is a folder, or not in one that can be written to")
     if not args.npz and Path(args.out).suffix.lower() not in Image.registered_extensions():
         parser.error(f"argument --out: {args.out} does not end as a picture does, such as grid.png")
     if not args.npz and int(os.environ.get("WORLD_SIZE", 1)) > 1:

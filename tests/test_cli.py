@@ -94,10 +94,11 @@ def test_the_grid_has_a_column_a_class_and_white_where_no_image_is(ckpt, tmp_pat
     "flags, code, message",
     [
         ("--steps 0", 2, "argument --steps: got 0, expected at least 1"),
-        ("--steps 1001", 1, "1001"),
+        ("--steps 1001", 1, "1001 steps, expected 1 to 1000"),
         ("--guidance-interval 990 998", 1, "--guidance-interval 990 998 guides nothing: none of the 16 timesteps"),
         ("--out x.txt", 2, "x.txt does not end as a picture does"),
-        ("--out /nowhere/x.png", 2, "/nowhere/x.png is not in a folder that can be written to"),
+        ("--out /nowhere/x.png", 2, "/nowhere/x.png is a folder, or not in one that can be written to"),
+        ("--npz 4 --out .", 2, ". is a folder, or not in one"),
         ("--npz 4 --n 4", 2, "argument --n: not allowed with argument --npz"),
         ("--vae x", 1, "draws pixels, there are no latents to decode"),
         ("--n-heads 7", 1, "n_heads=7"),
