@@ -17,12 +17,13 @@
 //   naive        one thread computes one output; the other kernels must agree with it
 //   small_batch  up to 16 tokens, where reading the weights takes most of the time
 //   mma          tensor cores of sm_80 and later
-//   wgmma        tensor cores of Hopper, sm_90a; for a second evening
+//   wgmma        tensor cores of Hopper, sm_90a
+// The first evening ends with small_batch. mma and the host's part are for a second one, wgmma for a third.
 #include <stdint.h>
 
 #ifndef CPU  // With -DCPU only the last section is compiled, by g++.
 #ifdef CPU_EMULATION
-// Runs this file without a GPU: it has plain C++ for CUDA's headers and for each block marked #ifndef CPU_EMULATION.
+// To run this file without a GPU: plain C++ for CUDA's headers and for each block marked #ifndef CPU_EMULATION.
 #include "tests/cpu_emulation.h"
 #else
 #include <cuda_bf16.h>
@@ -78,6 +79,10 @@ __global__ void naive(Args p) {
 // ---------------------------------------------------------------------------------------------------------------------
 // What a lane holds of the tensor core instruction
 //
+// Why the fast kernels compute Y^T = W X^T: it makes W the first operand (A) of the tensor core instruction, and A may
+// lie in registers. So a weight goes from its packed byte straight into a register, and no dequantized weight is ever
+// written to memory. X is the second operand (B), Y^T the result (D).
+//
 // The 32 lanes of a warp share the operands of D (16 x 8) += A (16 x 16) * B (16 x 8). Let g = lane / 4 and
 // c = lane % 4 (the PTX manual calls them groupID and threadID_in_group). The manual's tables say:
 //
@@ -90,12 +95,8 @@ __global__ void naive(Args p) {
 //          row g                      element 0            element 1          one fp32 sum in a register
 //          row g + 8                  element 2            element 3
 //
-// Why the fast kernels compute Y^T = W X^T: it makes W the first operand (A) of the tensor core instruction, and A may
-// lie in registers. So a weight goes from its packed byte straight into a register, and no dequantized weight is ever
-// written to memory. X is the second operand (B), Y^T the result (D).
-//
-// How W becomes A: a warp takes 8 byte rows and makes two matrices A of them, called fragments. For each 16 columns a
-// lane reads 4 bytes of byte row g and uses each of them in both fragments:
+// How W becomes A: 8 byte rows are 32 weight rows, so a warp makes two matrices A of them, called fragments. For each
+// 16 columns a lane reads 4 bytes of byte row g and uses each of them in both fragments:
 //
 //      fragment 0:  row g is quarter 0 of byte row g, row g + 8 is quarter 1
 //      fragment 1:  row g is quarter 2 of byte row g, row g + 8 is quarter 3
@@ -108,8 +109,8 @@ __global__ void naive(Args p) {
 // ---------------------------------------------------------------------------------------------------------------------
 // dequantize: from packed bytes to bf16
 //
-// No integer is converted: an inverted code is the top 2 bits (the sign and the highest exponent bit) of the float that
-// is twice the weight, and all other bits of that float are 0.
+// No integer is converted. The float that is twice a weight has only zeros below its top 2 bits (the sign and the
+// highest exponent bit), and these 2 bits are the inverted code:
 //
 //      weight   code   inverted   sign, exponent   bf16
 //        -1      00       11         -, 10..0      0xC000 = -2
@@ -133,8 +134,7 @@ constexpr uint32_t BYTES_2_AND_3_ON_TOP = 0x3424;
 constexpr uint32_t TOP_2_BITS_OF_HALVES = 0xC000C000;
 
 // One lane's 4 bytes -> its registers of both fragments, a[fragment][register]. Bytes 0 and 1 of `word` become columns
-// 2c and 2c+1 of A, bytes 2 and 3 columns 2c+8 and 2c+9. In wgmma these are the columns of W in memory; small_batch and
-// mma take four neighbours of W instead: see multiply_64_columns.
+// 2c and 2c+1 of A, bytes 2 and 3 columns 2c+8 and 2c+9.
 __device__ inline void dequantize(uint32_t word, uint32_t (&a)[2][4]) {
   const uint32_t pairs[2] = {__byte_perm(~word, 0, BYTES_0_AND_1_ON_TOP), __byte_perm(~word, 0, BYTES_2_AND_3_ON_TOP)};
   UNROLL for (int quarter = 0; quarter < 4; quarter++) {
@@ -170,8 +170,9 @@ __device__ inline uint4 load16(const void* source, bool valid) {
 //
 // The instruction wants columns 2c, 2c+1, 2c+8 and 2c+9. But a sum may take its terms in any order, so we may number
 // the columns as we like, if W and X agree. Here each lane takes neighbours, so that every load is 16 bytes wide.
-//   Example: lane 9 (g = 2, c = 1) loads columns 16 to 31 of byte row 2. They make four steps. The first step's 4 bytes
-//   are columns 16 to 19, which stand where the instruction has its columns 2, 3, 10 and 11.
+//   Example: lane 9 (g = 2, c = 1) loads columns 16 to 31 of byte row 2 as w.x, w.y, w.z, w.w: four steps. In the first
+//   one w.x, the columns 16 to 19, stands where the instruction has its columns 2, 3, 10 and 11. Of X this lane loads
+//   columns 16 to 23 with h = 0: x.x and x.y are 16 to 19, for the same step; x.z and x.w are 20 to 23, for the second.
 template <int TOKEN_TILES, typename LoadX>
 __device__ inline void multiply_64_columns(float (&acc)[2][TOKEN_TILES][4], uint4 w, LoadX load_x) {
   const uint32_t words[4] = {w.x, w.y, w.z, w.w};
@@ -194,8 +195,7 @@ __device__ inline void multiply_64_columns(float (&acc)[2][TOKEN_TILES][4], uint
 // What small_batch, mma and wgmma share: from the sums in registers to Y
 //
 // acc holds this lane's sums, [fragment][tile of 8 tokens][element of D], for 8 byte rows from row0 on and for the
-// tokens from token0 on. The 8 lanes of one c write 16 neighbouring bytes. To collect outputs in shared memory first
-// would make wider stores; no one has measured what it gains.
+// tokens from token0 on. The 8 lanes of one c write 16 neighbouring bytes.
 //   Example: lane 9 (g = 2, c = 1) at tile 2, right = 1 writes token token0 + 8 * 2 + 2 * 1 + 1 = token0 + 19. Its
 //   output of quarter 3 is element 3 of fragment 1.
 template <int TOKEN_TILES>
@@ -402,10 +402,10 @@ __global__ void __launch_bounds__(256, BLOCK_TOKENS < 128 ? 2 : 1) mma_gemm(Args
 }
 
 // =====================================================================================================================
-// Second evening: wgmma
+// wgmma: for a third evening
 //
-// On a first evening, skip this kernel and go on with the host's part. It computes what mma computes. What is new: the
-// tensor cores read X from shared memory by themselves, and they multiply in the background.
+// It computes what mma computes, and may be skipped: the host's part comes next. What is new: the tensor cores read X
+// from shared memory by themselves, and they multiply in the background.
 //
 // A thread block computes 32 * WARPGROUPS byte rows for 64 * TILES tokens, in slices of 128 columns of K.
 // A warpgroup  is 4 warps, which share one wgmma: D (64 x 64) += A (64 x 16) * B (16 x 64).
@@ -716,12 +716,12 @@ extern "C" void unpack(const uint8_t* W, int8_t* codes, long n) {
   }
 }
 
-// sums (M, N) int32 -> y (M, N) bf16: sums * (scale of the row of x * alpha) + bias (N,), which may be null
-extern "C" void scale_rows(const int32_t* sums, const float* scales, float alpha, const float* bias, uint16_t* y,
+// sums (M, N) int32 -> y (M, N) bf16: sums * (scale of the row of x * alpha (1,)) + bias (N,), which may be null
+extern "C" void scale_rows(const int32_t* sums, const float* scales, const float* alpha, const float* bias, uint16_t* y,
                            long M, long N) {
 #pragma omp parallel for if (M * N > (1 << 14))
   for (long m = 0; m < M; m++) {
-    const float scale = scales[m] * alpha;
+    const float scale = scales[m] * *alpha;
     for (long i = 0; i < N; i++) y[m * N + i] = to_bf16(sums[m * N + i] * scale + (bias ? bias[i] : 0));
   }
 }
@@ -782,8 +782,8 @@ inline void multiply_rows(const Floats* x, const uint8_t* w, long K, float (&sum
       for (int lane = 0; lane < LANES; lane++) sums[row][quarter] += vectors[row][quarter][lane];
 }
 
-// x (M, K), W (n, K) bytes, bias (4, n) or null -> y (M, 4, n)
-extern "C" void small_rows(const float* x, const uint8_t* W, float alpha, const float* bias, float* y,
+// x (M, K), W (n, K) bytes, alpha (1,), bias (4, n) or null -> y (M, 4, n)
+extern "C" void small_rows(const float* x, const uint8_t* W, const float* alpha, const float* bias, float* y,
                            long M, long K, long n) {
   const long blocks = (K + COLUMNS - 1) / COLUMNS;
   std::vector<Floats> ordered((M + ROWS - 1) * blocks * 4);  // zeros past the last row and column of x
@@ -801,7 +801,7 @@ extern "C" void small_rows(const float* x, const uint8_t* W, float alpha, const 
       for (long row = m; row < std::min(m + ROWS, M); row++) {
         for (long quarter = 0; quarter < 4; quarter++) {
           const float b = bias ? bias[quarter * n + r] : 0;
-          y[(row * 4 + quarter) * n + r] = sums[row - m][quarter] * alpha / 2 + b;
+          y[(row * 4 + quarter) * n + r] = sums[row - m][quarter] * *alpha / 2 + b;
         }
       }
     }

@@ -130,9 +130,9 @@ class TernaryWeight(torch.autograd.Function):
     """weight (N, K), alphas (1,) -> ternarize(weight) * alphas, with a gradient for both.
 
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The *straight-through
-    estimator* pretends codes = weight (it leaves out the 1 / gamma, too, as upstream does). Then codes * alphas has the
-    gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. So the optimizer moves the latent weight
-    in full precision, and its code flips when it has moved far enough.
+    estimator* pretends codes = weight. (codes = weight / gamma would be nearer; like upstream we leave gamma out.) Then
+    codes * alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. So the optimizer
+    moves the latent weight in full precision, and its code flips when it has moved far enough.
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)  # its codes are 1, -1, 0, 1
     >>> alphas = torch.tensor([2.0], requires_grad=True)
@@ -200,8 +200,7 @@ def timestep_embedding(t, dim=256, max_period=10000):
     """Sinusoids of t (B,), fractions allowed -> (B, dim): the cosines, then the sines (ADM's order)."""
     half = dim // 2
     exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    # exp in fp64: its last bit in fp32 differs between machines, and times t=999 the angle would differ by 6e-5.
-    angles = t[:, None].float() * exponents.double().exp().float()
+    angles = t[:, None].float() * exponents.double().exp().float()  # fp64, or else machines differ in the last bit
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -293,8 +292,8 @@ class TransformerBlock(nn.Module):
     vectors together. It divides alpha out, but for the bias, which is small (paper 3.2, figures 3 and 4).
 
     The norm's gain starts at 0, so every block starts as the identity (adaLN-Zero). DiT starts the projection's weights
-    at 0 instead. Ternary weights must not: gamma = mean|W| would be 0, and after one update, however small, most |W|
-    are about as large as gamma. So most codes would jump to +-1 at once, and the gates would open fully.
+    at 0 instead. Ternary weights must not: Adam's first update is about +-lr for each of them, so all |W| would then be
+    about gamma = mean|W|, however small lr is. Most codes would jump to +-1 at once, and the gates would open fully.
 
     >>> outputs = torch.tensor([3.0, -4.0])  # of an adaLN projection; an alpha 100 times as large changes nothing
     >>> F.rms_norm(outputs, (2,)), F.rms_norm(100 * outputs, (2,))
@@ -436,9 +435,9 @@ class GaussianDiffusion:
     timestep_map[i] is the original timestep of its step i. Tables are float64.
 
     prediction: what the model's first C channels mean. "eps" is the noise, the paper's choice. "v" is sqrt(acp) eps -
-    sqrt(1 - acp) x0 (Salimans & Ho 2022): nearly -x0 when x is nearly pure noise, where an image's layout is decided;
-    there x is almost eps, so eps is learned without any layout. It changes the target of the loss, how x0 is read
-    (predict_x0), and the timesteps that train.py draws.
+    sqrt(1 - acp) x0 (Salimans & Ho 2022). An image's layout is decided where x is nearly pure noise. There v is nearly
+    -x0, while eps is nearly x, which can be learned without any layout. It changes the target of the loss, how x0 is
+    read (predict_x0), and the timesteps that train.py draws.
     """
 
     def __init__(self, steps=1000, prediction="eps"):
@@ -534,9 +533,9 @@ class GaussianDiffusion:
 
     def predict_at(self, model_fn, x, i, clip_denoised):
         """p_mean_variance of model_fn(x, t) at x (B, C, H, W) and step i, where t (B,) is a timestep of 0..999."""
-        t = torch.full((len(x),), i, device=x.device)
-        out = model_fn(x, torch.full_like(t, int(self.timestep_map[i])))
-        return self.p_mean_variance(out, x, t, clip_denoised)
+        step = torch.full((len(x),), i, device=x.device)
+        out = model_fn(x, torch.full_like(step, int(self.timestep_map[i])))
+        return self.p_mean_variance(out, x, step, clip_denoised)
 
     @torch.no_grad()
     def p_sample_loop(self, model_fn, noise, clip_denoised=False, noise_fn=torch.randn_like):
@@ -567,8 +566,9 @@ class GaussianDiffusion:
         """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, so it needs fewer steps. Deterministic.
 
         Arguments as in p_sample_loop; sigma channels are ignored. With lambda = log(sqrt(acp) / sqrt(1 - acp)), a step
-        extrapolates x0 from the last two predictions. Two steps use one prediction alone (first order): the first one,
-        which has no other, and the one from step 1 to step 0, where lambda jumps too far to extrapolate.
+        extrapolates x0 from the last two predictions to the middle of its own h = its change of lambda: half of h, in
+        units of the step before. Two steps use one prediction alone (first order): the first one, which has no other,
+        and the one from step 1 to step 0, where lambda jumps too far to extrapolate.
         A first-order step from acp = 0.5 to 0.8, where x = 0.707 x0 + 0.707 eps becomes 0.894 x0 + 0.447 eps:
 
         >>> h = 0.5 * math.log(0.8 / 0.2) - 0.5 * math.log(0.5 / 0.5)  # lambda rises by 0.693
@@ -798,14 +798,14 @@ def int8_linear(x, weight, alphas, bias):
     for first in range(0, M, chunk):
         rows = slice(first, first + chunk)
         sums = torch._int_mm(levels[rows], codes.t())  # (rows, N) int32
-        call_cpu("scale_rows", sums, scales[rows], alphas.item(), bias, y[rows], len(sums), N)
+        call_cpu("scale_rows", sums, scales[rows], alphas.float().view(1), bias, y[rows], len(sums), N)
     return y
 
 
 def small_rows(x, weight, alphas, bias):
     """packed_linear_plain in fp32 for few rows, on a CPU: kernel.cu's loop over the packed bytes. x (M, K) -> (M, N)"""
     y = torch.empty(len(x), 4 * len(weight))
-    call_cpu("small_rows", x.float(), weight, alphas.item(), bias, y, *x.shape, len(weight))
+    call_cpu("small_rows", x.float(), weight, alphas.float().view(1), bias, y, *x.shape, len(weight))
     return y
 
 
@@ -833,10 +833,10 @@ def cpu_kernel():
         return None
     address = ctypes.c_void_p
     size = ctypes.c_long
-    library.small_rows.argtypes = [address, address, ctypes.c_float, address, address, size, size, size]
+    library.small_rows.argtypes = [address, address, address, address, address, size, size, size]
     library.quantize_rows.argtypes = [address, ctypes.c_int, address, address, size, size]
     library.unpack.argtypes = [address, address, size]
-    library.scale_rows.argtypes = [address, address, ctypes.c_float, address, address, size, size]
+    library.scale_rows.argtypes = [address, address, address, address, address, size, size]
     # glibc gives large freed blocks back to the system, and getting them anew takes half of a step's time. Once one of
     # 31 MB was freed, it keeps later ones. This one is never touched, so it costs no memory.
     torch.empty(31 << 20, dtype=torch.uint8)
@@ -1039,8 +1039,8 @@ def launch_kernel(library, x, weight, alphas, bias, kernel="auto", tokens=0):
     y = x.new_empty(M, N)
     dtypes = [None if z is None else z.dtype for z in (x, weight, alphas, bias)]
     wanted = [torch.bfloat16, torch.uint8, torch.float32, None if bias is None else torch.bfloat16]
-    if dtypes != wanted or weight.shape[1] != K:
-        raise ValueError(f"x, weight, alphas, bias: expected {wanted} and K={weight.shape[1]}, got {dtypes} and K={K}")
+    if dtypes != wanted or weight.shape[1] != K or alphas.numel() != 1:
+        raise ValueError(f"x, weight, one alpha, bias: wanted {wanted}, K={weight.shape[1]}, got {dtypes}, K={K}")
     pointers = [ctypes.c_void_p(None if z is None else z.data_ptr()) for z in (x, weight, alphas, bias, y)]
     stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None)
     with torch.cuda.device(x.get_device()):  # -1, for the CPU, changes nothing

@@ -167,7 +167,9 @@ def draw_batch(run, step):
     n = run.settings.batch
     n_images = len(data.train_index)
     rng = generator(seed, 1, step)
-    places = [int(epoch_order(seed, i // n_images, n_images)[i % n_images]) for i in range(step * n, (step + 1) * n)]
+    places = []
+    for i in range(step * n, (step + 1) * n):  # counted from the start of training: image i % n_images of an epoch
+        places.append(int(epoch_order(seed, i // n_images, n_images)[i % n_images]))
     index = data.train_index[places]
     flip = torch.rand(n, generator=rng) < 0.5 if data.mirror else torch.zeros(n, dtype=torch.bool)
     drop = torch.rand(n, generator=rng) < run.model.config.class_dropout_prob
@@ -182,8 +184,8 @@ def draw_batch(run, step):
 def draw_timesteps(n, diffusion, rng):
     """t (n,). For eps: uniform, as in the paper. For v: logSNR is normal, mean -2, standard deviation 2.5, and one in
     twenty is uniform. Most then fall between t = 200 and 800, where a picture's layout is decided: a short training has
-    no time for nearly clean images, or nearly pure noise, which teach little. Image i draws its quantile between i / n
-    and (i + 1) / n, so no batch lacks a noise level. Each process gets a range of them, and gradients are summed."""
+    no time for nearly clean images, or nearly pure noise, which teach little. Image i of the batch draws its quantile
+    between i / n and (i + 1) / n, so each batch has all noise levels (and each process a range of them)."""
     if diffusion.prediction == "eps":
         return torch.randint(1000, (n,), generator=rng)
     quantile = (torch.arange(n) + torch.rand(n, generator=rng)) / n  # spread evenly over the batch
@@ -198,7 +200,7 @@ def find_timesteps(log_snr, diffusion):
     [0, 64, 455, 830, 999]
     """
     table = torch.from_numpy(np.log(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)))  # (1000,), it falls
-    return ((table >= log_snr[:, None]).sum(1) - 1).clamp(min=0)  # of the timesteps 0, 1, ... so clean: the last
+    return ((table >= log_snr[:, None]).sum(1) - 1).clamp(min=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,8 +209,8 @@ def find_timesteps(log_snr, diffusion):
 
 def make_optimizer(model, settings):
     """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer. Decay shrinks the blocks' matrices.
-    Scaling a whole matrix leaves its ternary codes as they are, so the output does not change. But the smaller the
-    latent weights are, the fewer steps a code takes to flip: with decay, codes go on flipping until the rate falls."""
+    Scaling a whole matrix leaves its ternary codes as they are, so the output does not change. But Adam's steps do not
+    shrink with the weights, so a code flips in fewer of them: with decay, codes go on flipping until the rate falls."""
     alphas = dict(params=[], lr_scale=0.2, decayed=False)
     matrices = dict(params=[], lr_scale=1.0, decayed=True)
     others = dict(params=[], lr_scale=1.0, decayed=False)
@@ -237,7 +239,7 @@ def update_average(run):
     >>> round(256 / (1 - 0.9999)), round(16 / (1 - 0.995))
     (2560000, 3200)
     """
-    decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step)) if run.step else 0.0
+    decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step)) if run.step else 0.0  # the first is a copy
     for averaged, p in zip(run.ema.parameters(), run.model.parameters()):
         averaged.lerp_(p, 1 - decay)
 
@@ -489,7 +491,7 @@ def memory_needed(config, dtype, device, world=1):
         n_params = sum(p.numel() for p in DiT(config).parameters())
     value = 2 if dtype == "bf16" else 4
     fixed = 20 * n_params / world + (1 + value) * n_params
-    # 4 tensors in fp32 (residual stream, norms) and 11 others (q, k, v, in and out of matmuls); 4 of the FFN's width.
+    # Of width D 4 tensors in fp32 (residual stream, norms) and 11 others: inputs of 6 matmuls, q, k, v, what is gated.
     token = 16 * config.dim + 11 * value * config.dim + 4 * value * config.ffn_dim
     if device == "cpu":
         token += (4 + value) * config.n_heads * config.n_tokens  # softmax_attention keeps its scores
@@ -497,7 +499,7 @@ def memory_needed(config, dtype, device, world=1):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Many processes
+# 5. Many processes (what they agree on of random numbers: draw_batch; of images: Data)
 
 
 def all_sum(x):
@@ -742,11 +744,10 @@ class StopSignal:
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
-def label_rows(their_names, our_names):
+def label_rows(their_names, ours):
     """For each row of our label table the row of theirs, or None: the classes are not the same. In sorted order
     ImageNet's 1,000 folders (n01440764, ...) are the indices 0 to 999 that name the classes of a released model."""
     theirs = [unicodedata.normalize("NFC", name) for name in their_names or []]
-    ours = our_names
     if theirs != ours and len(ours) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ours):
         ours = [str(i) for i in range(1000)]
     if sorted(theirs) != sorted(ours):
@@ -1012,8 +1013,7 @@ def list_images(folder, out):
 
 
 def load_image(path, size):
-    """Any picture that Pillow reads -> uint8 (3, size, size): upright, RGB on white, centre-cropped as ADM does it,
-    except that ADM rounds the place of the crop to whole pixels."""
+    """Any picture that Pillow reads -> uint8 (3, size, size): upright, RGB on white, centre-cropped as ADM does it."""
     with Image.open(path) as image:
         if image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))  # decode no larger than needed

@@ -231,8 +231,9 @@ def test_refused_sizes(emulation, monkeypatch, kernel, tokens, M, N, K, capabili
 
 def test_refused_tensors(emulation):
     x, w, a, b, _ = case(4, 32, 64)
-    for args in [(x.float(), w, a, b), (x[:, :32], w, a, b), (x, w.to(torch.int8), a, b), (x, w, a, b.float())]:
-        with pytest.raises(ValueError, match="expected .* got"):
+    wrong = [(x.float(), w, a, b), (x[:, :32], w, a, b), (x, w.to(torch.int8), a, b), (x, w, a, b.float())]
+    for args in [*wrong, (x, w, a.expand(32, 1), b)]:  # the last: a scale a channel, of which a kernel would use one
+        with pytest.raises(ValueError, match="wanted .* got"):
             launch_kernel(emulation, *args)
 
 
