@@ -572,8 +572,8 @@ def run_tensors(run):
 def check_resumed(theirs, ours):
     """Compare what a state and the command say of their runs; --init need not be the same. ValueError: they differ."""
     for name in [*COMPARED, *(f.name for f in fields(Config))]:
-        if theirs[name] != ours[name]:
-            raise ValueError(f"{ours['out']} was trained with {name}={theirs[name]!r:.99}, this command says "
+        if theirs.get(name) != ours[name]:  # None: a setting that was added since then
+            raise ValueError(f"{ours['out']} was trained with {name}={theirs.get(name)!r:.99}, this command says "
                              f"{ours[name]!r:.99}: use the same, another --out, or --fresh")  # fmt: skip
     if theirs["steps"] != ours["steps"]:
         print(f"note: planned for {theirs['steps']} steps before, now {ours['steps']}: the learning rate follows")
@@ -624,7 +624,7 @@ def read_state(out):
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Log, validation, grids, signals
 
-FIELDS = "step loss val_loss lr grad_norm images_per_s zero flipped distill".split()
+FIELDS = "step loss val_loss lr grad_norm images_per_s zero flipped distill".split()  # Log.add fills a row
 
 
 class Log:
