@@ -748,8 +748,7 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr int COLUMNS = 4 * LANES;
-constexpr int ROWS = 2;  // of x at a time: the vectors of their 2 * 4 sums take 8 of 16 registers, or of 32. With AVX2
-                         // 4 at a time were no faster.
+constexpr int ROWS = 2;  // of x at a time: their 2 * 4 sums take 8 of 16 registers (AVX2), where 4 were no faster
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
