@@ -443,7 +443,7 @@ def can_compile(device):
         torch.compile(torch.nn.GELU())(torch.ones(1024, device=device))
         return True
     except Exception as e:
-        print(f"--compile does not work here ({first_line(e)[:100]}): training without it, slower")
+        print(f"--compile does not work here ({' '.join(str(e).split())[:100]}): training without it, slower")
         return False
 
 
