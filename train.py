@@ -91,7 +91,8 @@ def train(run):
     if stopped and run.step < settings.steps:
         print(f"stopped at step {run.step}, saved in {settings.out}; the same command (without --fresh) goes on")
         sys.exit(128 + (stop.received or signal.SIGTERM))
-    print(f"{run.model_path}: {run.model_path.stat().st_size / 1e6:.2f} MB, step {run.step}")
+    if ranks()[0] == 0:  # the others may not see its disk
+        print(f"{run.model_path}: {run.model_path.stat().st_size / 1e6:.2f} MB, step {run.step}")
 
 
 @dataclass
@@ -823,9 +824,8 @@ def load_teacher(settings, config):
 @dataclass
 class Data:
     """x (n, 1, 3, H, W) uint8 images or (n, 2, C, h, w) fp16 latents, in memory or mapped, and their labels (n,).
-    Processes agree on them: digits, and which images are held out, follow from the seed. Of a cache rank 0 makes the
-    files (open_cache), each process fills its part (fill_cache), and after a barrier all map the same files. So --out
-    lies on a disk that all see. draw_batch gives each process its slice of a batch."""
+    Processes agree on them: digits, and what is held out, follow from the seed. Rank 0 makes a cache (open_cache), each
+    fills its part (fill_cache), and after a barrier all map the same files, so it lies on a disk that all see."""
 
     x: np.ndarray
     labels: np.ndarray
@@ -1002,9 +1002,9 @@ def list_images(folder, out):
         print(f"{n_unused} files in {folder} are not used: no images that Pillow reads, or outside the class folders")
     names = sorted({name for _, name in files})
     # Where the root of a data set was named instead of its folder "train", images lie one folder deeper.
-    deeper = [path for path, _ in files if path.count(os.sep) > 1]
+    deeper = {path for path, _ in files if path.count(os.sep) > 1}
     in_train = [path for path, name in files if name.lower().startswith("train")]
-    if len(deeper) == len(files) or len(set(deeper) & set(in_train)) > len(in_train) / 2:
+    if len(deeper) == len(files) or len(deeper.intersection(in_train)) > len(in_train) / 2:
         wrong = Path(in_train[0]).parts[0] if in_train else names[0]
         raise ValueError(f"--data {folder}: {wrong} holds only folders, or mostly: did you mean --data "
                          f"{folder / wrong}? If {names!r:.99} are the classes, put the images of {wrong} right into it")
@@ -1013,7 +1013,7 @@ def list_images(folder, out):
 
 
 def load_image(path, size):
-    """Any picture that Pillow reads -> uint8 (3, size, size): upright, RGB on white, centre-cropped as ADM does it."""
+    """What Pillow reads -> uint8 (3, size, size): upright, RGB on white, centre-cropped (ADM: to whole pixels)"""
     with Image.open(path) as image:
         if image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))  # decode no larger than needed
