@@ -136,11 +136,10 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=16, sampler="dp
         return out
 
     clip = config.vae is None  # pixels lie in [-1, 1], latents do not
-    if sampler == "dpm":
-        return diffusion.dpm_sample_loop(model_fn, draw_noise(), clip_denoised=clip)
-    if sampler == "ddim":
-        return diffusion.ddim_sample_loop(model_fn, draw_noise(), clip_denoised=clip)
-    return diffusion.p_sample_loop(model_fn, draw_noise(), clip_denoised=clip, noise_fn=draw_noise)
+    if sampler == "ddpm":
+        return diffusion.p_sample_loop(model_fn, draw_noise(), clip_denoised=clip, noise_fn=draw_noise)
+    loop = dict(ddim=diffusion.ddim_sample_loop, dpm=diffusion.dpm_sample_loop)[sampler]
+    return loop(model_fn, draw_noise(), clip_denoised=clip)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,7 +194,8 @@ def sample_npz(out, draw, labels, image_shape, settings):
 def report(path, model, args, seconds, n, steps):
     """Print what the paper's efficiency table (table 2) reports."""
     if model.config.ternary:
-        kernel = cuda_kernel(next(model.parameters()).device) if args.device == "cuda" else cpu_kernel()
+        on_cpu = args.device == "cpu"  # a GPU takes it in bf16 alone, see packed_linear
+        kernel = cpu_kernel() if on_cpu else (args.dtype == "bf16" and cuda_kernel(next(model.parameters()).device))
         print(f"products with packed weights in {args.dtype}, kernel.cu {'helps' if kernel else 'is not used'}")
     status = Path("/proc/self/status")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
@@ -231,13 +231,13 @@ def parse_args(argv=None):
     flag("--n-heads", type=int, help="of a released model, if they are not 32")
     args = parser.parse_args(argv)
     args.out = args.out or ("samples.npz" if args.npz else "grid.png")
-    for name in ("n", "npz", "steps", "batch"):
+    for name in ("n", "npz", "steps", "batch", "guided_channels"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"argument --{name}: got {getattr(args, name)}, expected at least 1")
+            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
     if os.path.isdir(args.out) or not os.access(Path(args.out).resolve().parent, os.W_OK):
         parser.error(f"argument --out: {args.out} is a folder, or not in one that can be written to")
-    if not args.npz and Path(args.out).suffix.lower() not in Image.registered_extensions():
-        parser.error(f"argument --out: {args.out} does not end as a picture does, such as grid.png")
+    if not args.npz and Image.registered_extensions().get(Path(args.out).suffix.lower()) not in Image.SAVE:
+        parser.error(f"argument --out: {args.out} does not end as a picture that can be written, such as grid.png")
     if not args.npz and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("several processes share the batches of --npz N; for a grid start one: python sample.py ...")
     return args

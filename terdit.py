@@ -414,11 +414,11 @@ class DiT(nn.Module):
 
         x (B, C, H, W): the same images twice; the second half is not looked at, as upstream. y (B,): the classes, then
         as many null labels. -> (B, 2C or C, H, W): guided channels are the same in both halves, others (sigma) are not
-        guided. None guides all C; 3 is upstream's, which leaves the fourth latent channel out (DiT issue 41: a slip).
+        guided. None guides all C (also more than C); upstream's 3 leaves a latent channel out (DiT issue 41: a slip).
         """
-        half = x[: len(x) // 2]
-        out = self(torch.cat([half, half]), t, y)
-        n_guided = self.config.in_channels if guided_channels is None else guided_channels
+        out = self(x[: len(x) // 2].repeat(2, 1, 1, 1), t, y)
+        channels = self.config.in_channels
+        n_guided = channels if guided_channels is None else min(guided_channels, channels)
         cond, uncond = out[:, :n_guided].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
         return torch.cat([torch.cat([guided, guided]), out[:, n_guided:]], dim=1)

@@ -571,7 +571,7 @@ def run_tensors(run):
 
 
 def check_resumed(theirs, ours):
-    """Compare what a state and the command say of their runs; --init need not be the same. ValueError: they differ."""
+    """Compare what a state and the command say, but for the files of --init and --teacher. ValueError: they differ."""
     for name in [*COMPARED, *(f.name for f in fields(Config))]:
         if theirs.get(name) != ours[name]:  # None: a setting that was added since then
             raise ValueError(f"{ours['out']} was trained with {name}={theirs.get(name)!r:.99}, this command says "

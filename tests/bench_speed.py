@@ -214,7 +214,7 @@ def guided_step(model, device):
     torch.manual_seed(0)
     x = torch.randn(2, config.in_channels, config.input_size, config.input_size, device=device)
     t = torch.tensor([500, 500], device=device)
-    return model.forward_with_cfg(x, t, torch.tensor([207, config.num_classes], device=device), 4.0)
+    return model.forward_with_cfg(x, t, torch.tensor([7, config.num_classes], device=device), 4.0)
 
 
 def make_model_work(size, image_size, mode, device, steps):
@@ -237,7 +237,7 @@ def make_model_work(size, image_size, mode, device, steps):
         if job == "step":
             guided_step(model, device)
         else:
-            sample_latents(model, torch.tensor([207]), torch.tensor([0]), cfg_scale=4.0, steps=steps, sampler="dpm")
+            sample_latents(model, torch.tensor([7]), torch.tensor([0]), cfg_scale=4.0, steps=steps, sampler="dpm")
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

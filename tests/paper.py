@@ -311,7 +311,7 @@ def activations(fields, changes, data, settings):
     for i, layer in enumerate(model.layers):
         layer.adaLN_modulation.register_forward_hook(partial(note, f"adaln {i}"))
         layer.register_forward_hook(partial(note, f"residual {i}"))
-    run = train.Run(settings, data, model, deepcopy(model), None)
+    run = train.Run(settings, None, data, model, deepcopy(model), None)
     progress = Progress((max(MARKS) + 1) * settings.batch)
     looks = []
     for step in range(max(MARKS) + 1):
@@ -329,8 +329,8 @@ def activations(fields, changes, data, settings):
 
 
 def fig4(args):
-    settings = train.TrainConfig(**train.DEMO | dict(seed=args.seeds[0], micro_batch=16, device="cpu", out=""))
-    settings.dtype = "bf16" if train.bf16_is_fast("cpu") else "fp32"
+    given = dict(seed=args.seeds[0], micro_batch=16, device="cpu", out="")
+    settings = train.make_settings(given, Config(**SIZES["tiny"]), {})
     data = train.load_digits(settings)
     found = {name: activations(*variant, data, settings) for name, variant in VARIANTS.items()}
     shown = {"adaln_rms": "adaLN RMS", "adaln_greatest": "adaLN greatest", "residual_rms": "residual RMS",

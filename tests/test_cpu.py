@@ -158,4 +158,6 @@ def test_sample_in_int8_says_so(tmp_path, capsys):
     save_checkpoint(tmp_path / "m.pt", pack_model(awake(DiT(Config(**SMALL)))))
     flags = f"--ckpt {tmp_path}/m.pt --dtype int8 --n 2 --sampler dpm --steps 3 --out {tmp_path}/x.png"
     sample.main(flags.split())
-    assert "int8" in capsys.readouterr().out
+    assert "products with packed weights in int8" in capsys.readouterr().out
+    args = sample.parse_args(flags.split())
+    assert sample.load(args.ckpt, args).layers[0].attention.wq.product_dtype == torch.int8

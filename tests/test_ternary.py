@@ -39,19 +39,13 @@ def test_ternarize_leaves_the_weight_alone():
 # The layer that trains ------------------------------------------------------------------------------------------------
 
 
-def make_layer(in_features, out_features, alpha):
-    layer = TernaryLinear(in_features, out_features, bias=True)
-    torch.nn.init.normal_(layer.weight)
-    torch.nn.init.normal_(layer.bias)
-    torch.nn.init.constant_(layer.alphas, alpha)
-    return layer
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("alpha", [0.07, -0.3])
 def test_the_layer_equals_the_textbook_form(alpha, compiled):
     """The usual way to write a straight-through estimator: weight + (codes - weight).detach()."""
-    layer = make_layer(48, 24, alpha)
+    layer = TernaryLinear(48, 24, bias=True)
+    torch.nn.init.normal_(layer.bias)
+    torch.nn.init.constant_(layer.alphas, alpha)
     x = torch.randn(5, 48)
     grad = torch.randn(5, 24)
     forward = torch.compile(layer) if compiled else layer
@@ -66,31 +60,6 @@ def test_the_layer_equals_the_textbook_form(alpha, compiled):
     torch.testing.assert_close(y, want_y, rtol=1e-4, atol=1e-5)
     for name, a, b in zip(("weight", "alphas", "bias"), got, want):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max(), name
-
-
-def test_autocast_computes_in_bf16_and_keeps_gradients_in_fp32():
-    layer = make_layer(48, 24, 0.07)
-    x = torch.randn(5, 48)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    y.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in layer.parameters())
-
-
-def test_alpha_gradient_by_finite_differences():
-    layer = make_layer(16, 8, alpha=0.4).double()
-    x = torch.randn(4, 16).double()
-    layer(x).square().sum().backward()
-
-    @torch.no_grad()
-    def loss(alpha):
-        layer.alphas.fill_(alpha)
-        return layer(x).square().sum().item()
-
-    h = 1e-6
-    slope = (loss(0.4 + h) - loss(0.4 - h)) / (2 * h)
-    assert layer.alphas.grad.item() == pytest.approx(slope, rel=1e-5)
 
 
 # Packing --------------------------------------------------------------------------------------------------------------
@@ -112,15 +81,12 @@ def test_packing_round_trip(shape):
     check_packed(packed)
 
 
-def test_packing_refuses_odd_heights():
-    with pytest.raises(ValueError, match=r"multiple of 4, got \(6, 2\)"):
-        pack_ternary(torch.zeros(6, 2))
-
-
 @pytest.mark.parametrize("value", [2.0, 0.5, float("nan")])
-def test_packing_refuses_what_is_not_ternary(value):
+def test_packing_refuses_what_is_not_ternary_and_odd_heights(value):
     with pytest.raises(ValueError, match="-1, 0 and 1"):
         pack_ternary(torch.full((4, 2), value))
+    with pytest.raises(ValueError, match=r"multiple of 4, got \(6, 2\)"):
+        pack_ternary(torch.zeros(6, 2))
 
 
 def test_every_byte_without_code_3_passes_and_every_other_is_found():
