@@ -1,29 +1,31 @@
-// Ternary linear layer:  Y[M,N] = alpha * X[M,K] @ W[N,K]^T + bias[N],  W in {-1, 0, +1} at 2 bits a weight.
+// Ternary linear layer:  Y[M,N] = alpha * X[M,K] @ W[N,K]^T + bias[N],  W in {-1, 0, +1}
 //
-// M is the number of tokens (rows of X), K of input features, N of output features (rows of W). X, Y and bias are
-// bf16, row by row. alpha is one fp32 number. Sums are kept in fp32.
+// M counts tokens (rows of X and Y), K input features, N output features (weight rows). X, Y and
+// bias are bf16, alpha is one fp32 number, sums are fp32.
 //
-// How W is stored: as (N/4, K) bytes, exactly as in the checkpoint. Let n = N/4. Byte [r, k] holds column k of four
-// weight rows, one from each quarter of the matrix. Each weight is stored as a code of 2 bits: weight + 1.
+// W is stored in 2 bits a weight, as in the checkpoint: (N/4, K) bytes. Let n = N/4. Byte [r, k]
+// holds column k of four weight rows, one from each quarter of W, as the codes weight + 1:
 //
 //      bits         7-6     5-4     3-2     1-0
 //      weight row    r      n+r    2n+r    3n+r
 //      quarter       0       1       2       3
 //
-//   Example: N = 32, so n = 8. Byte [3, 5] = 0b10010010 holds W[3,5] = 1, W[11,5] = 0, W[19,5] = -1, W[27,5] = 1.
-//   Below, a "byte row" is a row of this byte matrix. It holds four weight rows.
+//   Example: N = 32, so n = 8. Byte [3, 5] = 0b10010010 holds W[3,5] = 1, W[11,5] = 0,
+//   W[19,5] = -1 and W[27,5] = 1.
+// A "byte row" is a row of these bytes: four weight rows.
 //
 // The kernels, in the order of this file:
-//   naive        one thread computes one output; the other kernels must agree with it
+//   naive        one thread computes one output
 //   small_batch  up to 16 tokens, where reading the weights takes most of the time
 //   mma          tensor cores of sm_80 and later
 //   wgmma        tensor cores of Hopper, sm_90a
-// The first evening ends with small_batch. mma and the host's part are for a second one, wgmma for a third.
+// The first evening ends with small_batch, the second with mma and the host's part. No GPU has
+// timed these kernels yet: "why fast" says what is expected.
 #include <stdint.h>
 
 #ifndef CPU  // With -DCPU only the last section is compiled, by g++.
 #ifdef CPU_EMULATION
-// To run this file without a GPU: plain C++ for CUDA's headers and for each block marked #ifndef CPU_EMULATION.
+// To run without a GPU: plain C++ for CUDA's headers and for what is #ifndef CPU_EMULATION.
 #include "tests/cpu_emulation.h"
 #else
 #include <cuda_bf16.h>
@@ -33,7 +35,8 @@
 
 using bf16 = __nv_bfloat16;
 
-#define UNROLL _Pragma("unroll")  // needed where arrays lie in registers: these have no addresses, only names
+// For arrays in registers: these have no addresses, only names.
+#define UNROLL _Pragma("unroll")
 
 struct Args {
   const bf16* X;       // (M, K)
@@ -48,14 +51,15 @@ struct Args {
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // naive
 //
-// One thread computes one output: a row of X times a row of W. It takes any size, and reads all of W once for each
-// token. AUTO chooses it only where the others cannot be used: N is not a multiple of 32, or K not of 16.
+// One thread computes one output. It takes any size, and reads all of W for each token. AUTO
+// chooses it only where the others cannot be used: N is not a multiple of 32, or K not of 16.
 //
-//   Example: N = 20, so n = 5. Thread 33 computes token 33 / 20 = 1, weight row 33 % 20 = 13. That row is in quarter
-//   13 / 5 = 2, byte row 13 % 5 = 3. Its codes are in bits 3-2, so they are shifted down by 2.
+//   Example: N = 20, so n = 5. Thread 33 computes token 33 / 20 = 1, weight row 33 % 20 = 13. That
+//   is byte row 13 % 5 = 3, quarter 13 / 5 = 2. Its codes are in bits 3-2: they are shifted down by
+//   2.
 
 __global__ void naive(Args p) {
   const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -76,67 +80,68 @@ __global__ void naive(Args p) {
   p.Y[i] = __float2bfloat16_rn(sum * *p.alpha + bias);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // What a lane holds of the tensor core instruction
 //
-// Why the fast kernels compute Y^T = W X^T: it makes W the first operand (A) of the tensor core instruction, and A may
-// lie in registers. So a weight goes from its packed byte straight into a register, and no dequantized weight is ever
-// written to memory. X is the second operand (B), Y^T the result (D).
+// The fast kernels compute Y^T = W X^T. Then W is the first operand (A) of the tensor core
+// instruction, which may lie in registers: no dequantized weight is ever written to memory. X is
+// the second operand (B), Y^T the result (D).
 //
-// The 32 lanes of a warp share the operands of D (16 x 8) += A (16 x 16) * B (16 x 8). Let g = lane / 4 and
-// c = lane % 4 (the PTX manual calls them groupID and threadID_in_group). The manual's tables say:
+// The 32 lanes of a warp share the operands of D (16 x 8) += A (16 x 16) * B (16 x 8). Let
+// g = lane / 4 and c = lane % 4 (the PTX manual: groupID, threadID_in_group). The manual's tables:
 //
 //      A, 16 rows x 16 columns     columns 2c, 2c+1    columns 2c+8, 2c+9
-//          row g                      register 0           register 2         two bf16 weights in a register
+//          row g                      register 0           register 2         two weights each
 //          row g + 8                  register 1           register 3
 //      B, 16 columns x 8 tokens    columns 2c, 2c+1    columns 2c+8, 2c+9
-//          token g                    register 0           register 1         two bf16 values of X in a register
+//          token g                    register 0           register 1         two values of X each
 //      D, 16 rows x 8 tokens          token 2c             token 2c+1
-//          row g                      element 0            element 1          one fp32 sum in a register
+//          row g                      element 0            element 1          one fp32 sum each
 //          row g + 8                  element 2            element 3
 //
-// How W becomes A: 8 byte rows are 32 weight rows, so a warp makes two matrices A of them, called fragments. For each
-// 16 columns a lane reads 4 bytes of byte row g and uses each of them in both fragments:
+// How W becomes A: 8 byte rows are 32 weight rows, so two matrices A, called fragments. For each 16
+// columns a lane reads 4 bytes of byte row g and uses them in both:
 //
 //      fragment 0:  row g is quarter 0 of byte row g, row g + 8 is quarter 1
 //      fragment 1:  row g is quarter 2 of byte row g, row g + 8 is quarter 3
 //
-//   Example for A: lane 9 is g = 2, c = 1. It holds rows 2 and 10, columns 2, 3, 10 and 11. In fragment 1 its row 10 is
-//   quarter 3 of byte row 2, and that is weight row 3n + 2 of W.
-//   Example for D: lane 9 gets the sums of the same rows 2 and 10, for tokens 2 and 3. In fragment 1 its element 3 is
-//   row 10, token 3. That is the output of token 3 and weight row 3n + 2: Y[3, 3n + 2].
+//   Example: lane 9 is g = 2, c = 1. Of A it holds rows 2 and 10, columns 2, 3, 10 and 11; of D
+//   these rows' sums for tokens 2 and 3. In fragment 1 row 10 is quarter 3 of byte row 2, so
+//   element 3 is Y[3, 3n + 2].
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // dequantize: from packed bytes to bf16
 //
-// No integer is converted. The float that is twice a weight has only zeros below its top 2 bits (the sign and the
-// highest exponent bit), and these 2 bits are the inverted code:
+// No integer is converted. Twice a weight, as a float, has only zeros below its top 2 bits (the
+// sign and the highest exponent bit), and these are the inverted code:
 //
 //      weight   code   inverted   sign, exponent   bf16
 //        -1      00       11         -, 10..0      0xC000 = -2
 //         0      01       10         -, 00..0      0x8000 = -0
 //        +1      10       01         +, 10..0      0x4000 = +2
 //
-// So a shift and a mask dequantize. Using alpha / 2 makes up for the 2.
+// So a shift and a mask dequantize, and alpha / 2 makes up for the 2.
 //
-//   Example: byte 0b10010010 holds weights +1, 0, -1, +1. Inverted it is 0b01101101 = 0x6D; atop 16 bits, 0x6D00.
-//      quarter 0:  (0x6D00 << 0) & 0xC000 = 0x4000 = +2       quarter 2:  (0x6D00 << 4) & 0xC000 = 0xC000 = -2
-//      quarter 1:  (0x6D00 << 2) & 0xC000 = 0x8000 = -0       quarter 3:  (0x6D00 << 6) & 0xC000 = 0x4000 = +2
+//   Example: byte 0b10010010 holds +1, 0, -1, +1. Inverted it is 0x6D; atop 16 bits, 0x6D00.
+//      quarter 0:  (0x6D00 << 0) & 0xC000 = 0x4000 = +2
+//      quarter 1:  (0x6D00 << 2) & 0xC000 = 0x8000 = -0
+//      quarter 2:  (0x6D00 << 4) & 0xC000 = 0xC000 = -2
 //
-// A register holds two weights, so two bytes are shifted together, one atop each half. Bits that cross from the lower
-// half into the upper one do no harm: they stay below bit 22, and the mask keeps only bits 30 and 31 there.
+// A register holds two weights: two bytes are shifted together, one atop each half. Bits that cross
+// into the upper half are masked away.
 
-// __byte_perm(x, 0, selector) builds a register of four bytes. Each hexadecimal digit of the selector chooses one byte,
-// the last digit the lowest: 0 to 3 is a byte of x (0 is its lowest), 4 is a zero byte.
-//   Example: of x = 0xDDCCBBAA, selector 0x1404 makes 0xBB00AA00, and selector 0x3424 makes 0xDD00CC00.
+// Each hexadecimal digit of __byte_perm's selector chooses a byte of the result, the last digit the
+// lowest: 0 to 3 is a byte of x (0 its lowest), 4 is zero.
+//   Example: of x = 0xDDCCBBAA, selector 0x1404 makes 0xBB00AA00.
 constexpr uint32_t BYTES_0_AND_1_ON_TOP = 0x1404;
 constexpr uint32_t BYTES_2_AND_3_ON_TOP = 0x3424;
 constexpr uint32_t TOP_2_BITS_OF_HALVES = 0xC000C000;
 
-// One lane's 4 bytes -> its registers of both fragments, a[fragment][register]. Bytes 0 and 1 of `word` become columns
-// 2c and 2c+1 of A, bytes 2 and 3 columns 2c+8 and 2c+9.
+// One lane's 4 bytes -> its registers of both fragments, a[fragment][register]. Bytes 0 and 1 of
+// `word` become columns 2c and 2c+1 of A, bytes 2 and 3 columns 2c+8 and 2c+9.
 __device__ inline void dequantize(uint32_t word, uint32_t (&a)[2][4]) {
-  const uint32_t pairs[2] = {__byte_perm(~word, 0, BYTES_0_AND_1_ON_TOP), __byte_perm(~word, 0, BYTES_2_AND_3_ON_TOP)};
+  const uint32_t pairs[2] = {__byte_perm(~word, 0, BYTES_0_AND_1_ON_TOP),
+                             __byte_perm(~word, 0, BYTES_2_AND_3_ON_TOP)};
   UNROLL for (int quarter = 0; quarter < 4; quarter++) {
     const int fragment = quarter / 2;
     const int lower_row = quarter % 2;  // 0: row g, 1: row g + 8
@@ -145,12 +150,12 @@ __device__ inline void dequantize(uint32_t word, uint32_t (&a)[2][4]) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // What small_batch and mma share: a warp multiplies 8 byte rows by 64 columns of X
 
 #ifndef CPU_EMULATION
-// d (16 x 8) += a (16 x 16) * b (16 x 8), by a whole warp. In PTX, because CUDA's C++ interface to tensor cores (wmma)
-// does not say which lane holds which element, and dequantize has to know that.
+// d (16 x 8) += a (16 x 16) * b (16 x 8), by a whole warp. In PTX, because CUDA's C++ interface
+// (wmma) does not say which lane holds which element.
 __device__ inline void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -159,20 +164,27 @@ __device__ inline void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32
 }
 #endif
 
-// 16 bytes in one load, or zeros where they would lie outside of the matrix.
+// 16 bytes in one load, or zeros outside of the matrix.
 __device__ inline uint4 load16(const void* source, bool valid) {
   return valid ? *(const uint4*)source : uint4{0, 0, 0, 0};
 }
 
-// acc += (8 byte rows x 64 columns) * (64 columns x TOKEN_TILES tiles of 8 tokens). Each lane hands in
+// acc += (8 byte rows x 64 columns) * (64 columns x TOKEN_TILES tiles of 8 tokens). A lane hands in
 //   w                16 bytes of byte row g, its columns 16c to 16c + 15
-//   load_x(tile, h)  X at token 8 * tile + g, half of these columns (16 bytes): h = 0 the first 8, h = 1 the last 8
+//   load_x(tile, h)  X at token 8 * tile + g: the first (h = 0) or last (h = 1) 8 of these columns
 //
-// The instruction wants columns 2c, 2c+1, 2c+8 and 2c+9. But a sum may take its terms in any order, so we may number
-// the columns as we like, if W and X agree. Here each lane takes neighbours, so that every load is 16 bytes wide.
-//   Example: lane 9 (g = 2, c = 1) loads columns 16 to 31 of byte row 2 as w.x, w.y, w.z, w.w: four steps. In the first
-//   one w.x, the columns 16 to 19, stands where the instruction has its columns 2, 3, 10 and 11. Of X this lane loads
-//   columns 16 to 23 with h = 0: x.x and x.y are 16 to 19, for the same step; x.z and x.w are 20 to 23, for the second.
+// The instruction wants pairs of columns that lie apart. But a sum may take its terms in any order,
+// so we number the columns as we like, if W and X agree. Here a lane takes 16 neighbours, and every
+// load is 16 bytes wide:
+//
+//      instruction's column     2c       2c+1      2c+8      2c+9        from
+//      real column, step 0      16c      16c+1     16c+2     16c+3       w.x; h = 0: x.x, x.y
+//                   step 1      16c+4    16c+5     16c+6     16c+7       w.y;        x.z, x.w
+//                   step 2      16c+8    16c+9     16c+10    16c+11      w.z; h = 1: x.x, x.y
+//                   step 3      16c+12   16c+13    16c+14    16c+15      w.w;        x.z, x.w
+//
+//   Example: lane 9 (g = 2, c = 1). In step 0 its real columns 16, 17, 18 and 19 stand where the
+//   instruction has 2, 3, 10 and 11.
 template <int TOKEN_TILES, typename LoadX>
 __device__ inline void multiply_64_columns(float (&acc)[2][TOKEN_TILES][4], uint4 w, LoadX load_x) {
   const uint32_t words[4] = {w.x, w.y, w.z, w.w};
@@ -191,53 +203,48 @@ __device__ inline void multiply_64_columns(float (&acc)[2][TOKEN_TILES][4], uint
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// What small_batch, mma and wgmma share: from the sums in registers to Y
+// -------------------------------------------------------------------------------------------------
+// What small_batch, mma and wgmma share: from the sums in registers to outputs
 //
-// acc holds this lane's sums, [fragment][tile of 8 tokens][element of D], for 8 byte rows from row0 on and for the
-// tokens from token0 on. The 8 lanes of one c write 16 neighbouring bytes.
-//   Example: lane 9 (g = 2, c = 1) at tile 2, right = 1 writes token token0 + 8 * 2 + 2 * 1 + 1 = token0 + 19. Its
-//   output of quarter 3 is element 3 of fragment 1.
-template <int TOKEN_TILES>
-__device__ inline void write_outputs(const float (&acc)[2][TOKEN_TILES][4], const Args& p, int row0, int token0) {
+// acc holds this lane's sums, [fragment][tile of 8 tokens][element of D], for one byte row. Each
+// becomes an output, and store(token, quarter, output) puts it where the kernel wants it.
+//   Example: lane 9 (g = 2, c = 1), tile 2, right = 1 is token 8 * 2 + 2 * 1 + 1 = 19 of the tiles.
+template <int TOKEN_TILES, typename Store>
+__device__ inline void for_each_output(const float (&acc)[2][TOKEN_TILES][4], const Args& p,
+                                       int byte_row, Store store) {
   const int n = p.N / 4;
-  const int lane = threadIdx.x % 32;
-  const int c = lane % 4;
-  const int byte_row = row0 + lane / 4;
-  if (byte_row >= n) return;
+  const int c = threadIdx.x % 4;
   const float scale = *p.alpha / 2;  // because dequantized weights are -2, 0 and 2
   float bias[4] = {};
   UNROLL for (int quarter = 0; quarter < 4; quarter++)
-    if (p.bias) bias[quarter] = __bfloat162float(p.bias[quarter * n + byte_row]);
+    if (p.bias && byte_row < n) bias[quarter] = __bfloat162float(p.bias[quarter * n + byte_row]);
   UNROLL for (int tile = 0; tile < TOKEN_TILES; tile++)
-    UNROLL for (int right = 0; right < 2; right++) {
-      const int token = token0 + 8 * tile + 2 * c + right;
-      if (token >= p.M) return;  // the tokens after it are greater
-      bf16* y = p.Y + (size_t)token * p.N + byte_row;
+    UNROLL for (int right = 0; right < 2; right++)
       UNROLL for (int quarter = 0; quarter < 4; quarter++) {
         const float sum = acc[quarter / 2][tile][2 * (quarter % 2) + right];
-        y[quarter * n] = __float2bfloat16_rn(sum * scale + bias[quarter]);
+        const bf16 y = __float2bfloat16_rn(sum * scale + bias[quarter]);
+        store(8 * tile + 2 * c + right, quarter, y);
       }
-    }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // small_batch
 //
-// A thread block computes 8 byte rows (32 weight rows) for all tokens, in 1 or 2 tiles of 8 tokens.
-// A warp       takes 64 columns out of each 512; warp w starts at column 64w. At the end the 8 warps' sums are added.
-// A lane       loads 16 bytes of byte row g at a time, as multiply_64_columns wants them.
-// Why fast     With so few tokens the time is that of reading W, which is 1/8 of its size in bf16. Each warp asks for
-//              its next bytes before it uses the present ones, so that many reads are on their way at once.
-// When chosen  Up to 16 tokens. The adaLN projections are of this kind: they have one token an image.
+// A block      computes 8 byte rows (32 weight rows) for all tokens, in 1 or 2 tiles of 8 tokens.
+// A warp       takes 64 columns out of each 512; warp w starts at column 64w. At the end the sums
+//              of the 8 warps are added.
+// A lane       loads 16 bytes of byte row g at a time.
+// Why fast     Expected: the time is that of reading W, 1/8 of its size in bf16. Each warp asks for
+//              its next bytes before it uses the present ones, so many reads are on their way.
+// When chosen  Up to 16 tokens: adaLN's projections have one token an image.
 //
-//   Example: lane 9 (g = 2, c = 1) of warp 3 in thread block 5 works on byte row 5 * 8 + 2 = 42. It loads columns
-//   3 * 64 + 1 * 16 = 208 to 223 first, then 720 to 735 and so on.
+//   Example: lane 9 (g = 2, c = 1) of warp 3 in block 5 works on byte row 5 * 8 + 2 = 42. It loads
+//   columns 3 * 64 + 1 * 16 = 208 to 223, then 720 to 735 and so on.
 
 template <int TOKEN_TILES> __global__ void __launch_bounds__(256) small_batch(Args p) {
   constexpr int WARPS = 8;
   constexpr int STEP = WARPS * 64;  // columns that the block covers at a time
-  __shared__ float sums[WARPS][2][TOKEN_TILES][4][32];  // [warp][fragment][token tile][element of D][lane]
+  __shared__ float sums[WARPS][2][TOKEN_TILES][4][32];  // [warp][fragment][tile][element][lane]
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
@@ -248,7 +255,7 @@ template <int TOKEN_TILES> __global__ void __launch_bounds__(256) small_batch(Ar
 
   float acc[2][TOKEN_TILES][4] = {};
   uint4 w_next = load16(w_row + column0 + c * 16, column0 + c * 16 < p.K);
-  for (int column = column0; column < p.K; column += STEP) {  // the same for all lanes: mma needs the whole warp
+  for (int column = column0; column < p.K; column += STEP) {  // equal in all lanes: mma needs them
     const int k = column + c * 16;
     const uint4 w = w_next;
     w_next = load16(w_row + k + STEP, k + STEP < p.K);
@@ -272,98 +279,159 @@ template <int TOKEN_TILES> __global__ void __launch_bounds__(256) small_batch(Ar
     UNROLL for (int fragment = 0; fragment < 2; fragment++)
       UNROLL for (int element = 0; element < 4; element++)
         total[fragment][0][element] += sums[w][fragment][tile][element][lane];
-  write_outputs(total, p, row0, 8 * tile);
+  for_each_output(total, p, row0 + g, [&](int tile_token, int quarter, bf16 y) {
+    const int token = 8 * tile + tile_token;
+    if (token < p.M) p.Y[(size_t)token * p.N + quarter * (p.N / 4) + row0 + g] = y;
+  });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // What mma and wgmma share: boxes in shared memory
 //
-// A box has 128 bytes (64 columns of X, or 128 of W) of some rows. Shared memory has 32 banks, each a word of 4 bytes
-// wide, and lanes that read different words of one bank wait for each other. As 128 bytes are all banks once, a column
-// is in the same bank in every row. The swizzle prevents that: it exchanges the 16-byte chunks within a row. Chunk s of
-// row i is stored as chunk s ^ (i % 8).
-//   Example: chunk 3 of the rows 0 to 7 is stored as chunk 3, 2, 1, 0, 7, 6, 5, 4.
+// A box has 128 bytes (64 columns of X, or 128 of W) of some tokens or byte rows, its lines. Shared
+// memory has 32 banks, each a word of 4 bytes wide. Lanes that read different words of one bank
+// wait for each other. A line is all banks once, so a column is in the same banks in every line.
+// The swizzle moves it: chunk s (16 bytes) of line i is stored as chunk s ^ (i % 8).
+//
+// Loads of 16 bytes serve 8 lanes at a time. mma's lanes 0 to 7 have tokens g = 0 and 1, and read
+// their chunks 2c + h:
+//
+//      h = 0, lane               0    1    2    3    4    5    6    7
+//      token g                   0    0    0    0    1    1    1    1
+//      chunk without swizzle     0    2    4    6    0    2    4    6    twice the time
+//      chunk with swizzle        0    2    4    6    1    3    5    7    each bank once
 
 #ifndef CPU_EMULATION
-// Shared memory's own 32-bit addresses: the instructions below take no generic pointers.
-__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// Shared memory's own 32-bit address, which the instructions below take.
+__device__ inline uint32_t shared_address(const void* p) {
+  return (uint32_t)__cvta_generic_to_shared(p);
+}
 
-// Copies 16 bytes to shared memory in the background, so that no thread waits and no register is needed on the way. If
-// not valid, it reads nothing and writes zeros, which add nothing to a sum.
+// Copies 16 bytes to shared memory in the background: no thread waits, and no register is needed.
+// If not valid, it reads nothing and writes zeros, which add nothing to a sum.
 __device__ inline void cp_async16(void* to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 
-// Makes a group of the copies since the last commit, because a thread waits for groups, not for single copies.
+// Makes a group of the copies since the last commit: a thread waits for groups, not for copies.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most PENDING of the thread's groups are unfinished: the older ones can be used, the newer ones go on.
+// Waits until at most PENDING of the thread's groups are unfinished, the newest ones.
 template <int PENDING> __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 #endif
 
-// Copies a box in the background, by all threads of the block: from row row0 and byte byte0 of a matrix of rows x
-// row_bytes. What is outside of the matrix becomes 0.
-__device__ inline void copy_box(char* to, const void* matrix, int rows, int row_bytes, int row0, int byte0,
-                                int box_rows) {
-  for (int i = threadIdx.x; i < 8 * box_rows; i += blockDim.x) {
-    const int row = i / 8;
-    const int chunk = i % 8;
-    const int byte = byte0 + 16 * chunk;
-    const bool valid = row0 + row < rows && byte < row_bytes;
-    const char* from = (const char*)matrix + (valid ? (size_t)(row0 + row) * row_bytes + byte : 0);
-    cp_async16(to + 128 * row + 16 * (chunk ^ (row % 8)), from, valid);
+// Copies a box in the background, by all threads of the block: from line line0 and byte byte0 of a
+// matrix of lines x line_bytes. What is outside becomes 0. The template makes the loop unrolled.
+template <int THREADS, int BOX_LINES>
+__device__ inline void copy_box(char* to, const void* matrix, int lines, int line_bytes, int line0,
+                                int byte0) {
+  const int chunk = threadIdx.x % 8;
+  const int byte = byte0 + 16 * chunk;
+  UNROLL for (int first = 0; first < BOX_LINES; first += THREADS / 8) {
+    const int line = first + threadIdx.x / 8;
+    const bool valid = line0 + line < lines && byte < line_bytes;
+    const size_t offset = valid ? (size_t)(line0 + line) * line_bytes + byte : 0;
+    cp_async16(to + 128 * line + 16 * (chunk ^ (line % 8)), (const char*)matrix + offset, valid);
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
+// What mma and wgmma share: from the sums to Y in whole sectors
+//
+// Memory is written in sectors of 32 bytes. A lane has single outputs of 2 bytes, a warp 16 bytes
+// of a token's quarter. So all warps first put their outputs into the ring, which is free now. Then
+// a lane stores 16 bytes, a chunk, and the next lane the next chunk.
+//
+// A token has CHUNKS chunks in the ring, swizzled as in a box.
+//   Example: 32 byte rows in the block, so 16 chunks. The warp of byte rows 16 to 23 puts quarter 1
+//   of token 3 into chunk 1 * 4 + 16 / 8 = 6, stored as chunk 6 ^ 3 = 5.
+template <int THREADS, int TOKENS, int ROWS, int TOKEN_TILES>
+__device__ inline void write_outputs(const float (&acc)[2][TOKEN_TILES][4], const Args& p,
+                                     char* smem, int row0, int token0, int warp_row,
+                                     int warp_token) {
+  constexpr int QUARTER_CHUNKS = ROWS / 8;
+  constexpr int CHUNKS = 4 * QUARTER_CHUNKS;
+  const int n = p.N / 4;
+  const int g = threadIdx.x % 32 / 4;
+  auto chunk_address = [&](int token, int chunk) {
+    return smem + 16 * (token * CHUNKS + (chunk ^ (token % 8)));
+  };
+
+  __syncthreads();  // all warps have read their last slice
+  for_each_output(acc, p, row0 + warp_row + g, [&](int tile_token, int quarter, bf16 y) {
+    const int chunk = quarter * QUARTER_CHUNKS + warp_row / 8;
+    ((bf16*)chunk_address(warp_token + tile_token, chunk))[g] = y;
+  });
+  __syncthreads();
+  for (int i = threadIdx.x; i < TOKENS * CHUNKS; i += THREADS) {
+    const int token = token0 + i / CHUNKS;
+    const int chunk = i % CHUNKS;
+    const int quarter = chunk / QUARTER_CHUNKS;
+    const int byte_row = row0 + 8 * (chunk % QUARTER_CHUNKS);
+    if (token >= p.M || byte_row >= n) continue;
+    bf16* y = p.Y + (size_t)token * p.N + quarter * n + byte_row;
+    *(uint4*)y = *(uint4*)chunk_address(i / CHUNKS, chunk);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
 // mma
 //
-// A thread block computes 32 byte rows (128 weight rows) for 32, 64 or 128 tokens, in slices of 64 columns of K.
-// A warp       computes 8 of the byte rows for half of the tokens: the 8 warps form a grid of 4 x 2.
-// A lane       loads its 16 bytes of W straight into registers, one slice ahead. X comes from shared memory.
-// Why fast     A value of X that was read from global memory serves 4 warps, and a dequantized weight serves half of
-//              the tokens. X is copied in the background while the tensor cores work on earlier slices.
-// When chosen  More than 16 tokens, on every GPU of sm_80 or later but Hopper.
+// A block      computes 32 byte rows (128 weight rows) for 32, 64 or 128 tokens, in slices of 64
+//              columns.
+// A warp       computes 8 byte rows for half of the tokens: 8 warps are a grid of 4 x 2.
+// A lane       loads its 16 bytes of W straight into registers, one slice ahead. X comes from
+//              shared memory.
+// Why fast     Expected: a value of X that was read from global memory serves 4 warps, and a
+//              dequantized weight half of the tokens.
+// When chosen  More than 16 tokens, on every GPU from sm_80 on but Hopper.
 //
-//   Example: lane 9 (g = 2, c = 1) of warp 6. Warp 6 has byte rows 8 * (6 % 4) = 16 to 23 and, as 6 / 4 = 1, the second
-//   half of the tokens. So this lane holds byte row 18 and, in slice 5, columns 5 * 64 + 1 * 16 = 336 to 351.
+//   Example: lane 9 (g = 2, c = 1) of warp 6 has byte row 8 * (6 % 4) + 2 = 18, the second half of
+//   the tokens (6 / 4 = 1) and, in slice 5, columns 5 * 64 + 1 * 16 = 336 to 351.
 //
-// The ring: shared memory has room for 4 slices of X, the stages. Slice s is in stage s % 4. Below, [1] is the slice
-// that is multiplied, >4 one that is asked for at that time, and a plain number one that is on its way or has landed.
+// The ring: shared memory has room for 4 slices of X, the stages. Slice s is in stage s % 4. Below,
+// [1] is multiplied, >4 is asked for at that time, other slices are on their way or have landed.
 //
 //      time       stage 0   stage 1   stage 2   stage 3
 //      slice 0      [0]        1         2        >3
 //      slice 1      >4        [1]        2         3        slice 4 takes the place of slice 0
 //      slice 2       4        >5        [2]        3
 //      slice 3       4         5        >6        [3]
-//      slice 4      [4]        5         6        >7
 //
-// Why stage 0 is reloaded in slice 1, not at the end of slice 0: it is free when all warps have finished slice 0, and a
-// warp learns that of the others only at the barrier of slice 1. An earlier reload would take a second barrier a slice.
+// Stage 0 is reloaded in slice 1, not at the end of slice 0: only the barrier of slice 1 tells a
+// warp that all others have finished slice 0.
 
 constexpr int STAGES = 4;
 
+// Blocks of 128 tokens that an SM must hold at once, so that one multiplies while another waits.
+// With 2, ptxas keeps a thread within 128 registers. From sm_90 on it would spill some.
+#if __CUDA_ARCH__ < 900
+constexpr int BLOCKS_OF_128 = 2;
+#else
+constexpr int BLOCKS_OF_128 = 1;
+#endif
+
 template <int BLOCK_TOKENS>
-__global__ void __launch_bounds__(256, BLOCK_TOKENS < 128 ? 2 : 1) mma_gemm(Args p) {
+__global__ void __launch_bounds__(256, BLOCK_TOKENS < 128 ? 2 : BLOCKS_OF_128) mma_gemm(Args p) {
   SHARED_MEMORY(smem);
   constexpr int STAGE_BYTES = BLOCK_TOKENS * 128;
   constexpr int AHEAD = STAGES - 1;  // while slice s is multiplied, slice s + AHEAD is asked for
   constexpr int TOKEN_TILES = BLOCK_TOKENS / 2 / 8;  // of a warp
   const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int c = lane % 4;
+  const int g = threadIdx.x % 32 / 4;
+  const int c = threadIdx.x % 4;
   const int token0 = blockIdx.x * BLOCK_TOKENS;
   const int row0 = blockIdx.y * 32;
   const int warp_row = (warp % 4) * 8;
   const int warp_token = (warp / 4) * (BLOCK_TOKENS / 2);
   const int slices = ceil_div(p.K, 64);
 
-  const int byte_row = min(row0 + warp_row + g, p.N / 4 - 1);  // rows past the end are computed, but not stored
+  // Rows past the end are computed, but not stored.
+  const int byte_row = min(row0 + warp_row + g, p.N / 4 - 1);
   const uint8_t* w_row = p.W + (size_t)byte_row * p.K;
   auto load_w = [&](int slice) {
     const int k = slice * 64 + c * 16;
@@ -372,8 +440,9 @@ __global__ void __launch_bounds__(256, BLOCK_TOKENS < 128 ? 2 : 1) mma_gemm(Args
 
   auto copy_x = [&](int slice) {
     char* stage = smem + (slice % STAGES) * STAGE_BYTES;
-    if (slice < slices) copy_box(stage, p.X, p.M, 2 * p.K, token0, slice * 128, BLOCK_TOKENS);
-    cp_async_commit();  // past the last slice, too, so that the wait below counts as many groups as before
+    if (slice < slices)
+      copy_box<256, BLOCK_TOKENS>(stage, p.X, p.M, 2 * p.K, token0, slice * 128);
+    cp_async_commit();  // past the last slice, too: the wait below counts groups
   };
 
   float acc[2][TOKEN_TILES][4] = {};
@@ -382,97 +451,97 @@ __global__ void __launch_bounds__(256, BLOCK_TOKENS < 128 ? 2 : 1) mma_gemm(Args
   for (int slice = 0; slice < slices; slice++) {
     const uint4 w = w_next;
     w_next = load_w(slice + 1);
-    // At most the newest 2 groups are unfinished, so this thread's copies for this slice have landed. The barrier makes
-    // that true of all threads. It also says that all warps have finished the slice before.
+    // At most the newest 2 groups are unfinished: this thread's copies for this slice have landed.
+    // The barrier says so of all threads, and that all warps have finished the slice before.
     cp_async_wait<AHEAD - 1>();
     __syncthreads();
     copy_x(slice + AHEAD);
     const char* x = smem + (slice % STAGES) * STAGE_BYTES + (warp_token + g) * 128;
     auto load_x = [&](int tile, int h) {
-      // The swizzle; the token's number modulo 8 is g.
-      //   Example: loads of 16 bytes serve 8 lanes at a time. Lanes 0 to 7 are g = 0 and 1, c = 0 to 3. With h = 0 they
-      //   read the chunks 0, 2, 4, 6 and 1, 3, 5, 7: each bank once.
-      const int chunk = (2 * c + h) ^ g;
+      const int chunk = (2 * c + h) ^ g;  // the swizzle: the token's number modulo 8 is g
       return *(const uint4*)(x + 8 * tile * 128 + 16 * chunk);
     };
     multiply_64_columns(acc, w, load_x);
   }
 
-  write_outputs(acc, p, row0 + warp_row, token0 + warp_token);
+  write_outputs<256, BLOCK_TOKENS, 32>(acc, p, smem, row0, token0, warp_row, warp_token);
 }
 
-// =====================================================================================================================
+// =================================================================================================
 // wgmma: for a third evening
 //
-// It computes what mma computes, and may be skipped: the host's part comes next. What is new: the tensor cores read X
-// from shared memory by themselves, and they multiply in the background.
+// It computes what mma computes, and may be skipped: the host's part comes next. What is new: the
+// tensor cores read X from shared memory by themselves, and they multiply in the background.
 //
-// A thread block computes 32 * WARPGROUPS byte rows for 64 * TILES tokens, in slices of 128 columns of K.
+// A block      computes 32 * WARPGROUPS byte rows for 64 * TILES tokens, in slices of 128 columns.
 // A warpgroup  is 4 warps, which share one wgmma: D (64 x 64) += A (64 x 16) * B (16 x 64).
-// A warp       computes 8 byte rows for all of the block's tokens. The tables of lanes show its 16 rows of A and D;
-//              elements 4j to 4j + 3 of D are tokens 8j to 8j + 7.
-// A lane       dequantizes columns 2c, 2c+1, 2c+8 and 2c+9 of byte row g, in each step of 16 columns.
-// Why fast     Only wgmma reaches the full rate of Hopper's tensor cores. As it runs in the background, a step is
-//              dequantized while the two steps before are still multiplied.
+// A warp       computes 8 byte rows for all tokens of the block. The tables of lanes show its 16
+//              rows of A and D; elements 4j to 4j + 3 of D are tokens 8j to 8j + 7.
+// A lane       dequantizes columns 2c, 2c+1, 2c+8 and 2c+9 of byte row g, in steps of 16 columns.
+// Why fast     Expected: only wgmma reaches the full rate of Hopper's tensor cores.
 // When chosen  More than 16 tokens, on Hopper.
 //
-//   Example: lane 9 (g = 2, c = 1) of warp 6 has byte row 6 * 8 + 2 = 50 of the block. In step 3 of a slice (columns 48
-//   to 63) it holds columns 50 and 51, 58 and 59.
+//   Example: lane 9 (g = 2, c = 1) of warp 6 has byte row 6 * 8 + 2 = 50 of the block. In step 3 of
+//   a slice (columns 48 to 63) it holds columns 50 and 51, 58 and 59.
 //
-// The swizzle: wgmma undoes it by itself for X. For W we do it: row i of its box is warp_row + g, and warp_row is a
-// multiple of 8, so i % 8 is g.
-//   Example: lane 9 reads row 50 in step 3. Chunk 3 is stored as chunk 3 ^ 2 = 1, so columns 50 and 51 (bytes 2 and 3
-//   of the chunk) are at bytes 1 * 16 + 2 = 18 and 19 of the row, columns 58 and 59 at bytes 26 and 27.
+// The swizzle: wgmma undoes it by itself for X. For W we do it.
+//   Example: lane 9 reads byte row 50 in step 3. Chunk 3 is stored as chunk 3 ^ (50 % 8) = 1, so
+//   columns 50 and 51 are bytes 16 + 2 = 18 and 19 of the line.
 //
-// The ring: 4 stages as in mma, here with X and W.
+// What is late: when a step is dequantized, the wgmmas of the two steps before may be unfinished.
+// If a warp waited for them, the tensor cores would run out of work. What they read must stay as it
+// is:
+//   - their registers. Three sets are needed; there are four, because a slice has 8 steps and so
+//     begins with the same set.
+//   - their slice of X. At the barrier of slice 2 all warps have waited for slice 0's wgmmas, but
+//     the last two steps of slice 1 may be unfinished, (1) below. So stage 0 is reloaded, not
+//     stage 1, a slice later than in mma. A stage has X and W here.
 //
 //      time       stage 0   stage 1   stage 2   stage 3
-//      slice 2      >4        (1)       [2]        3        (1)  the last two steps of slice 1 may still be multiplied
+//      slice 2      >4        (1)       [2]        3
 //      slice 3       4        >5        (2)       [3]
-//      slice 4      [4]        5        >6        (3)
-//
-// Why a stage is reloaded two slices late: when a warp comes to the barrier of slice 2, its last two steps' wgmmas may
-// still read slice 1. If it waited for them, the tensor cores would run out of work. But it has waited for those of
-// slice 0, so stage 0 is free after the barrier.
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // only nvcc's pass for sm_90a knows these instructions; the emulation has its own
-// Makes what this thread has copied to shared memory visible to wgmma, which might read what was there before.
-__device__ inline void show_copies_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // only sm_90a knows these instructions; the emulation has its own
+// Makes what this thread has copied visible to wgmma, which might read what was there before.
+__device__ inline void show_copies_to_wgmma() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
-// Before wgmma: it runs in the background and must see the registers that were written up to here.
+// Before wgmma, so that it sees the registers that were written up to here.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Makes a group of the wgmmas since the last commit, because waiting is for groups.
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Commit and wait make and await groups, as for copies.
+__device__ inline void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
-// Waits until at most PENDING groups are unfinished. What an unfinished wgmma reads must not be changed.
 template <int PENDING> __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Volatile, so that ptxas leaves it in front of the first wgmma; between wgmmas it would serialize them.
+// Volatile, so that ptxas leaves it before the first wgmma. Between wgmmas it would serialize them.
 __device__ inline void set_zero(float& sum) { asm volatile("mov.f32 %0, 0f00000000;" : "=f"(sum)); }
 
-// How wgmma is told where B is: 64 bits with these fields, all addresses and distances in units of 16 bytes.
+// Where B is: 64 bits with these fields, addresses and distances in units of 16 bytes.
 //      bits 0-13    address of the tile
 //      bits 16-29   distance between tiles along K: not used with a swizzle, 1 by convention
 //      bits 32-45   distance between groups of 8 tokens: 8 * 128 bytes = 64 units
 //      bits 62-63   1: 128-byte swizzle
-//   Example: a tile at address 4096 (256 = 0x100 units) has the descriptor 0x4000004000010100.
 __device__ inline uint64_t descriptor(const void* tile) {
   return (shared_address(tile) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-// d (64 x 64) += a (64 x 16, 16 rows a warp, in registers) * b (16 x 64, in shared memory). PTX wants every register as
-// an operand of its own: d is 8 tiles of 8 tokens, 4 elements each. The last four operands mean: add to d, negate
-// neither a nor b, do not transpose b.
+// d (64 x 64) += a (64 x 16, in registers) * b (16 x 64, in shared memory). PTX wants every
+// register as an operand of its own: d is 8 tiles of 8 tokens, 4 elements each. The last four
+// operands: add to d, negate neither a nor b, do not transpose b.
 #define D_TILE(tile) "+f"(d[tile][0]), "+f"(d[tile][1]), "+f"(d[tile][2]), "+f"(d[tile][3])
 __device__ inline void wgmma(float (*d)[4], const uint32_t* a, uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
                "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
                "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-               : D_TILE(0), D_TILE(1), D_TILE(2), D_TILE(3), D_TILE(4), D_TILE(5), D_TILE(6), D_TILE(7)
+               : D_TILE(0), D_TILE(1), D_TILE(2), D_TILE(3),
+                 D_TILE(4), D_TILE(5), D_TILE(6), D_TILE(7)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
@@ -482,7 +551,7 @@ constexpr int TILE_TOKENS = 64;  // of one wgmma
 template <int WARPGROUPS, int TILES> struct WgmmaBlock {
   static constexpr int ROWS = 32 * WARPGROUPS;  // byte rows
   static constexpr int TOKENS = TILE_TOKENS * TILES;
-  // A stage: two boxes of X, each 64 columns of all tokens; then one of W, 128 columns of all byte rows.
+  // A stage: two boxes of X, each 64 columns; then one of W, 128 columns.
   static constexpr int X_BOX_BYTES = 128 * TOKENS;
   static constexpr int STAGE_BYTES = 2 * X_BOX_BYTES + 128 * ROWS;
   static constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES;  // 1024 for the alignment
@@ -492,24 +561,26 @@ template <int WARPGROUPS, int TILES>
 __global__ void __launch_bounds__(128 * WARPGROUPS) wgmma_gemm(Args p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(CPU_EMULATION)
   using Block = WgmmaBlock<WARPGROUPS, TILES>;
+  constexpr int THREADS = 128 * WARPGROUPS;
   constexpr int AHEAD = STAGES - 2;  // while slice s is multiplied, slice s + AHEAD is asked for
   SHARED_MEMORY(raw);
-  char* smem = raw + (1024 - shared_address(raw) % 1024) % 1024;  // swizzled boxes must start at multiples of 1024
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int c = lane % 4;
+  // Swizzled boxes must start at multiples of 1024.
+  char* smem = raw + (1024 - shared_address(raw) % 1024) % 1024;
+  const int g = threadIdx.x % 32 / 4;
+  const int c = threadIdx.x % 4;
   const int token0 = blockIdx.x * Block::TOKENS;
   const int row0 = blockIdx.y * Block::ROWS;
-  const int warp_row = warp * 8;
+  const int warp_row = threadIdx.x / 32 * 8;
   const int slices = ceil_div(p.K, 128);
 
   auto load = [&](int slice) {
     char* stage = smem + (slice % STAGES) * Block::STAGE_BYTES;
     if (slice < slices) {
-      copy_box(stage, p.X, p.M, 2 * p.K, token0, 256 * slice, Block::TOKENS);
-      copy_box(stage + Block::X_BOX_BYTES, p.X, p.M, 2 * p.K, token0, 256 * slice + 128, Block::TOKENS);
-      copy_box(stage + 2 * Block::X_BOX_BYTES, p.W, p.N / 4, p.K, row0, 128 * slice, Block::ROWS);
+      char* x_box_1 = stage + Block::X_BOX_BYTES;
+      char* w_box = x_box_1 + Block::X_BOX_BYTES;
+      copy_box<THREADS, Block::TOKENS>(stage, p.X, p.M, 2 * p.K, token0, 256 * slice);
+      copy_box<THREADS, Block::TOKENS>(x_box_1, p.X, p.M, 2 * p.K, token0, 256 * slice + 128);
+      copy_box<THREADS, Block::ROWS>(w_box, p.W, p.N / 4, p.K, row0, 128 * slice);
     }
     cp_async_commit();  // past the last slice, too
   };
@@ -519,12 +590,10 @@ __global__ void __launch_bounds__(128 * WARPGROUPS) wgmma_gemm(Args p) {
     UNROLL for (int tile = 0; tile < Block::TOKENS / 8; tile++)
       UNROLL for (int element = 0; element < 4; element++) set_zero(acc[fragment][tile][element]);
   for (int slice = 0; slice < AHEAD; slice++) load(slice);
-  // [step % 4][fragment][register]. While a step is dequantized, the wgmmas of the two steps before may still read
-  // theirs, so three sets are needed. There are four, because a slice has 8 steps: so the next slice goes on in turn.
-  uint32_t a[4][2][4];
+  uint32_t a[4][2][4];  // [step % 4][fragment][register]
   for (int slice = 0; slice < slices; slice++) {
-    // At most the newest group of copies is unfinished, so this thread's copies for this slice have landed. The barrier
-    // makes that true of all threads. It also says that the wgmmas of slice - 2 have finished, in all warps.
+    // This thread's copies for this slice have landed. The barrier says so of all threads, and that
+    // the wgmmas of slice - 2 have finished in all warps.
     cp_async_wait<AHEAD - 1>();
     show_copies_to_wgmma();
     __syncthreads();
@@ -535,13 +604,13 @@ __global__ void __launch_bounds__(128 * WARPGROUPS) wgmma_gemm(Args p) {
     UNROLL for (int step = 0; step < 8; step++) {  // of 16 columns
       const int chunk = step ^ g;  // the swizzle
       const uint16_t* columns = (const uint16_t*)(w_row + 16 * chunk + 2 * c);
-      dequantize(columns[0] | ((uint32_t)columns[4] << 16), a[step % 4]);  // columns 2c, 2c+1 and 2c+8, 2c+9
+      const uint32_t word = columns[0] | ((uint32_t)columns[4] << 16);  // 2c, 2c+1 and 2c+8, 2c+9
+      dequantize(word, a[step % 4]);
       wgmma_fence();
       UNROLL for (int fragment = 0; fragment < 2; fragment++) {
         UNROLL for (int tile = 0; tile < TILES; tile++) {
-          // Where this step's 16 columns of the tile's tokens are, in units of 16 bytes. A token's row is 8 units.
-          //   Example: 128 tokens, step 5, tile 1. Step 5 is step 1 of box 1, which starts after 128 * 8 units.
-          //   So the offset is 1 * 1024 + 64 * 8 + 1 * 2 = 1538 units.
+          // Where this step's 16 columns of X are, in units of 16 bytes. A line has 8.
+          //   Example: 128 tokens, step 5, tile 1: 1 * 1024 + 64 * 8 + 1 * 2 = 1538 units.
           const int box_offset = (step / 4) * (Block::TOKENS * 8);
           const int token_offset = tile * TILE_TOKENS * 8;
           const int column_offset = (step % 4) * 2;
@@ -555,12 +624,12 @@ __global__ void __launch_bounds__(128 * WARPGROUPS) wgmma_gemm(Args p) {
   }
 
   wgmma_wait<0>();
-  write_outputs(acc, p, row0 + warp_row, token0);
+  write_outputs<THREADS, Block::TOKENS, Block::ROWS>(acc, p, smem, row0, token0, warp_row, 0);
 #endif
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Host: check, choose, launch. The last function of this section is the whole interface.
+// -------------------------------------------------------------------------------------------------
+// Host: check, choose, launch
 
 #ifndef CPU_EMULATION
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -571,72 +640,74 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-inline int launch(void (*kernel)(Args), dim3 grid, int threads, int smem, cudaStream_t stream, const Args& p) {
-  const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (!refused) kernel<<<grid, threads, smem, stream>>>(p);
-  const cudaError_t last = cudaGetLastError();  // in any case: an error left behind would fail torch's next kernel
-  return refused ? refused : last;
+inline int launch(void (*kernel)(Args), dim3 grid, int threads, int smem, cudaStream_t stream,
+                  const Args& p) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+  kernel<<<grid, threads, smem, stream>>>(p);
+  return cudaGetLastError();  // if the attribute was refused, so is the launch
 }
 #endif
-
-template <int BLOCK_TOKENS> int launch_mma(const Args& p, cudaStream_t stream) {
-  const dim3 grid(ceil_div(p.M, BLOCK_TOKENS), ceil_div(p.N, 128));
-  return launch(mma_gemm<BLOCK_TOKENS>, grid, 256, STAGES * BLOCK_TOKENS * 128, stream, p);
-}
-
-template <int WARPGROUPS, int TILES> int launch_wgmma(const Args& p, cudaStream_t stream) {
-  using Block = WgmmaBlock<WARPGROUPS, TILES>;
-  const dim3 grid(ceil_div(p.M, Block::TOKENS), ceil_div(p.N, 4 * Block::ROWS));
-  return launch(wgmma_gemm<WARPGROUPS, TILES>, grid, 128 * WARPGROUPS, Block::SHARED_BYTES, stream, p);
-}
 
 enum Kernel { AUTO, NAIVE, SMALL_BATCH, MMA, WGMMA };  // terdit.py's KERNELS has the same order
 constexpr int REFUSED = -1;
 
 struct Tile {
   int kernel;
-  int rows;    // weight rows of a thread block
-  int tokens;  // tokens of a thread block
-  int (*launch)(const Args& p, cudaStream_t stream);
+  int rows;        // weight rows of a thread block
+  int tokens;      // tokens of a thread block
+  int efficiency;  // percent of the largest tile's speed, while all SMs are busy
+  void (*function)(Args);
+  int threads;
+  int shared_bytes;
 };
-constexpr Tile TILE_CHOICES[] = {  // a kernel's largest tile first
-    {WGMMA, 256, 128, launch_wgmma<2, 2>},
-    {WGMMA, 128, 64, launch_wgmma<1, 1>},
-    {MMA, 128, 128, launch_mma<128>},
-    {MMA, 128, 64, launch_mma<64>},
-    {MMA, 128, 32, launch_mma<32>},
+// The efficiencies are guesses: no GPU has timed them. wgmma's small tile reads twice the bytes for
+// a product. mma's tiles execute 3.5, 5.4 and 8.7 instructions for each mma (sm_80's SASS).
+constexpr Tile TILE_CHOICES[] = {
+    {WGMMA, 256, 128, 100, wgmma_gemm<2, 2>, 256, WgmmaBlock<2, 2>::SHARED_BYTES},
+    {WGMMA, 128, 64, 70, wgmma_gemm<1, 1>, 128, WgmmaBlock<1, 1>::SHARED_BYTES},
+    {MMA, 128, 128, 100, mma_gemm<128>, 256, STAGES * 128 * 128},
+    {MMA, 128, 64, 90, mma_gemm<64>, 256, STAGES * 64 * 128},
+    {MMA, 128, 32, 70, mma_gemm<32>, 256, STAGES * 32 * 128},
 };
 
-// The largest tile that still gives every SM a block, or else the smallest: large tiles read less, but an SM without a
-// block does nothing. `tokens` restricts the choice, unless it is 0. Without such a tile, the result's launch is null.
-//   Example: N = 4096, M = 512 on 132 SMs. Tiles of 256 x 128 make 16 * 4 = 64 blocks, too few. Tiles of 128 x 64 make
-//   32 * 8 = 256 blocks, so they are taken.
+// The tile that should finish first. The SMs take one block each, then the next ones: such a round
+// lasts as long as a block, even if few blocks are left for it. `tokens` restricts the choice,
+// unless it is 0. Without such a tile, the result's function is null.
+//   Example: N = 4096, M = 512 on 132 SMs, with wgmma.
+//      tiles of 256 x 128    16 * 4 =  64 blocks   1 round    1 * 256 * 128 / 100 = 328
+//      tiles of 128 x 64     32 * 8 = 256 blocks   2 rounds   2 * 128 * 64 / 70   = 234, the choice
 inline Tile choose_tile(int kernel, int tokens, int M, int N, int sms) {
   Tile chosen = {};
+  float least_time = 0;
   for (Tile tile : TILE_CHOICES) {
     if (tile.kernel != kernel) continue;
     if (tokens != 0 && tile.tokens != tokens) continue;
+    const int rounds = ceil_div(ceil_div(N, tile.rows) * ceil_div(M, tile.tokens), sms);
+    const float time = (float)rounds * tile.rows * tile.tokens / tile.efficiency;
+    if (chosen.function && time >= least_time) continue;
     chosen = tile;
-    const int blocks = ceil_div(N, tile.rows) * ceil_div(M, tile.tokens);
-    if (blocks >= sms) break;
+    least_time = time;
   }
   return chosen;
 }
 
-// Called by terdit.py through ctypes. The pointers are the GPU's; bias may be null. kernel is one of the enum, tokens a
-// tile's tokens or 0: AUTO and 0, unless the caller experiments. Returns 0, a cudaError_t, or REFUSED for what the
-// kernel cannot compute.
-extern "C" int ternary_linear(const void* X, const void* W, const void* alpha, const void* bias, void* Y, int M, int N,
-                              int K, int kernel, int tokens, void* cuda_stream) {
+// Called by terdit.py through ctypes, with pointers of the GPU; bias may be null. kernel is one of
+// the enum, tokens a tile's tokens: AUTO and 0, unless the caller experiments. Returns 0, a
+// cudaError_t, or REFUSED for what the kernel cannot compute.
+extern "C" int ternary_linear(const bf16* X, const uint8_t* W, const float* alpha, const bf16* bias,
+                              bf16* Y, int M, int N, int K, int kernel, int tokens,
+                              cudaStream_t stream) {
   // Check
   const int sms = device_attribute(cudaDevAttrMultiProcessorCount);
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   if (sms == 0 || major < 8) return cudaErrorNoDevice;
-  if (M < 1 || N < 4 || N % 4 != 0 || K < 1) return REFUSED;
+  if (M < 0 || N < 4 || N % 4 != 0 || K < 1) return REFUSED;
+  if (M == 0) return cudaSuccess;  // CUDA refuses an empty grid
 
   // Choose
-  const bool aligned = ((uintptr_t)X | (uintptr_t)W) % 16 == 0;
-  const bool fits = N % 32 == 0 && K % 16 == 0 && aligned;  // the fast kernels take 8 byte rows and load 16 bytes
+  // The fast kernels take 8 byte rows at a time, load 16 bytes and store 16.
+  const bool aligned = ((uintptr_t)X | (uintptr_t)W | (uintptr_t)Y) % 16 == 0;
+  const bool fits = N % 32 == 0 && K % 16 == 0 && aligned;
   if (kernel == AUTO && !fits) kernel = NAIVE;
   if (kernel == AUTO && M <= 16) kernel = SMALL_BATCH;
   if (kernel == AUTO) kernel = major == 9 ? WGMMA : MMA;
@@ -645,22 +716,23 @@ extern "C" int ternary_linear(const void* X, const void* W, const void* alpha, c
   if (kernel == WGMMA && major != 9) return REFUSED;
 
   // Launch
-  const cudaStream_t stream = (cudaStream_t)cuda_stream;
-  const Args p = {(const bf16*)X, (const uint8_t*)W, (const float*)alpha, (const bf16*)bias, (bf16*)Y, M, N, K};
-  const unsigned naive_blocks = ((size_t)M * N + 255) / 256;
-  if (kernel == NAIVE) return launch(naive, dim3(naive_blocks), 256, 0, stream, p);
-  if (kernel == SMALL_BATCH && M <= 8) return launch(small_batch<1>, dim3(N / 32), 256, 0, stream, p);
-  if (kernel == SMALL_BATCH) return launch(small_batch<2>, dim3(N / 32), 256, 0, stream, p);
+  const Args p = {X, W, alpha, bias, Y, M, N, K};
+  const dim3 naive_grid(((size_t)M * N + 255) / 256);
+  if (kernel == NAIVE) return launch(naive, naive_grid, 256, 0, stream, p);
+  auto small = M <= 8 ? small_batch<1> : small_batch<2>;
+  if (kernel == SMALL_BATCH) return launch(small, dim3(N / 32), 256, 0, stream, p);
   const Tile tile = choose_tile(kernel, tokens, M, N, sms);
-  return tile.launch ? tile.launch(p, stream) : REFUSED;
+  if (!tile.function) return REFUSED;
+  const dim3 grid(ceil_div(M, tile.tokens), ceil_div(N, tile.rows));
+  return launch(tile.function, grid, tile.threads, tile.shared_bytes, stream, p);
 }
 #endif  // not CPU
 
-// ---------------------------------------------------------------------------------------------------------------------
-// CPU (skip on first reading): terdit.py compiles this part with g++ -DCPU and calls it through ctypes
+// -------------------------------------------------------------------------------------------------
+// CPU (skip on first reading): terdit.py compiles it with g++ -DCPU and calls it through ctypes
 //
-// Many rows of x are multiplied in int8: quantize_rows, unpack, torch's integer matmul, scale_rows. Each of these three
-// replaces several passes of PyTorch over memory by one. Few rows are multiplied in fp32, by small_rows.
+// Many rows of x are multiplied in int8: quantize_rows, unpack, torch's integer matmul, scale_rows.
+// Few rows are multiplied in fp32, by small_rows.
 
 #ifdef CPU
 #include <string.h>
@@ -681,11 +753,12 @@ inline uint16_t to_bf16(float value) {  // to nearest, ties to even
 
 // x (M, K) fp32 or bf16 -> levels (M, K) int8 and scales (M,), so that x is about levels * scale.
 // Returns 0 if x is not finite.
-extern "C" int quantize_rows(const void* x, int is_bf16, int8_t* levels, float* scales, long M, long K) {
+extern "C" int quantize_rows(const void* x, int is_bf16, int8_t* levels, float* scales, long M,
+                             long K) {
   int finite = 1;
 #pragma omp parallel for reduction(& : finite) if (M * K > (1 << 14))
   for (long m = 0; m < M; m++) {
-    // The bits of positive floats, as integers, are in the order of the floats, and those of NaN are the greatest.
+    // The bits of positive floats are ordered as the floats are; NaN's are the greatest.
     uint32_t greatest_bits = 0;
     for (long k = 0; k < K; k++) {
       const float magnitude = std::fabs(element(x, is_bf16, m * K + k));
@@ -709,52 +782,51 @@ extern "C" void unpack(const uint8_t* W, int8_t* codes, long n) {
 #pragma omp parallel for simd if (parallel : n > (1 << 14))
   for (long i = 0; i < n; i++) {
     const uint8_t byte = W[i];
-    codes[i] = (byte >> 6) - 1;
-    codes[n + i] = ((byte >> 4) & 3) - 1;
-    codes[2 * n + i] = ((byte >> 2) & 3) - 1;
-    codes[3 * n + i] = (byte & 3) - 1;
+    for (long quarter = 0; quarter < 4; quarter++)
+      codes[quarter * n + i] = ((byte >> (6 - 2 * quarter)) & 3) - 1;
   }
 }
 
-// sums (M, N) int32 -> y (M, N) bf16: sums * (scale of the row of x * alpha (1,)) + bias (N,), which may be null
-extern "C" void scale_rows(const int32_t* sums, const float* scales, const float* alpha, const float* bias, uint16_t* y,
-                           long M, long N) {
+// sums (M, N) int32 -> y (M, N) bf16: sums * (scale of the row of x * alpha (1,)) + bias (N,),
+// which may be null
+extern "C" void scale_rows(const int32_t* sums, const float* scales, const float* alpha,
+                           const float* bias, uint16_t* y, long M, long N) {
 #pragma omp parallel for if (M * N > (1 << 14))
   for (long m = 0; m < M; m++) {
     const float scale = scales[m] * *alpha;
-    for (long i = 0; i < N; i++) y[m * N + i] = to_bf16(sums[m * N + i] * scale + (bias ? bias[i] : 0));
+    for (long i = 0; i < N; i++) {
+      const float b = bias ? bias[i] : 0;
+      y[m * N + i] = to_bf16(sums[m * N + i] * scale + b);
+    }
   }
 }
 
 // small_rows: for few rows of x (adaLN has one an image), where reading W takes most of the time
 //
-// A vector register holds LANES words, and a word holds 4 bytes of W: word i has columns 4i to 4i + 3. A shift and a
-// mask of inverted codes make floats of -2, 0 and 2, as in dequantize, here of one byte of all words at a time. So the
-// columns come in this order, and x is put into the same order first:
+// A vector register holds LANES words of W, and word i has columns 4i to 4i + 3. A shift and a mask
+// make floats of -2, 0 and 2, as in dequantize, of one byte of all words at a time. So the columns
+// come in this order, and x is put into the same order first:
 //
 //      byte 0 of all words   columns 0, 4, 8, ...
 //      byte 1                columns 1, 5, 9, ...
 //      byte 2                columns 2, 6, 10, ...
 //      byte 3                columns 3, 7, 11, ...
 //
-//   Example: quarter 1 of byte 2 lies in bits 21 and 20 of the word. A shift by 24 - 8 * 2 + 2 * 1 = 10 makes them the
-//   top bits, 31 and 30.
-//
-// Vectors are written by hand: the compiler may not reorder float sums, so it would not vectorize the loop. And the
-// order is the same in any number of rows and threads, so an image does not depend on the others in its batch.
+// Vectors are written by hand: the compiler may not reorder float sums. The order is the same for
+// any number of rows and threads, so an image does not depend on the others in its batch.
 #ifdef __AVX512F__
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
 constexpr int COLUMNS = 4 * LANES;
-constexpr int ROWS = 2;  // of x at a time: their 2 * 4 sums take 8 of 16 registers (AVX2), where 4 were no faster
+constexpr int ROWS = 2;  // of x at a time: 2 * 4 sums take 8 of 16 registers; 4 were no faster
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
-// ROWS rows of x, ordered, times a byte row of W -> sums[row][quarter]. fp-contract multiplies and adds in one
-// instruction, which is faster. It changes no bit here, because a product by -2, 0 or 2 is exact. (The rest of the file
-// is compiled without it, because scale_rows' products are rounded.)
+// ROWS rows of x, ordered, times a byte row of W -> sums[row][quarter]. fp-contract multiplies and
+// adds in one instruction: no bit changes, because a product by -2, 0 or 2 is exact. In the rest of
+// the file it would change scale_rows' rounding.
 __attribute__((optimize("fp-contract=fast")))
 inline void multiply_rows(const Floats* x, const uint8_t* w, long K, float (&sums)[ROWS][4]) {
   const long blocks = (K + COLUMNS - 1) / COLUMNS;
@@ -773,7 +845,8 @@ inline void multiply_rows(const Floats* x, const uint8_t* w, long K, float (&sum
       }
       for (int row = 0; row < ROWS; row++) {
         const Floats values = x[(row * blocks + block) * 4 + byte];
-        for (int quarter = 0; quarter < 4; quarter++) vectors[row][quarter] += weights[quarter] * values;
+        for (int quarter = 0; quarter < 4; quarter++)
+          vectors[row][quarter] += weights[quarter] * values;
       }
     }
   }
@@ -783,10 +856,10 @@ inline void multiply_rows(const Floats* x, const uint8_t* w, long K, float (&sum
 }
 
 // x (M, K), W (n, K) bytes, alpha (1,), bias (4, n) or null -> y (M, 4, n)
-extern "C" void small_rows(const float* x, const uint8_t* W, const float* alpha, const float* bias, float* y,
-                           long M, long K, long n) {
+extern "C" void small_rows(const float* x, const uint8_t* W, const float* alpha, const float* bias,
+                           float* y, long M, long K, long n) {
   const long blocks = (K + COLUMNS - 1) / COLUMNS;
-  std::vector<Floats> ordered((M + ROWS - 1) * blocks * 4);  // zeros past the last row and column of x
+  std::vector<Floats> ordered((M + ROWS - 1) * blocks * 4);  // zeros past x's last row and column
   for (long m = 0; m < M; m++) {
     for (long k = 0; k < K; k++) {
       const long vector = (m * blocks + k / COLUMNS) * 4 + k % 4;
