@@ -1,123 +1,122 @@
-"""Sample images from a checkpoint: noise -> guided denoising loop -> a PNG grid, or an .npz for FID.
+"""Sample images from a checkpoint: noise -> guided denoising loop -> a picture, or an .npz for FID.
 
-python sample.py --ckpt runs/demo/packed.pt                          a grid of every class
-python sample.py --ckpt runs/demo --classes 7 3 --n 20               what a run has learned, ended or not
-python sample.py --ckpt runs/demo --npz 1000 --out x.npz             uint8 NHWC, as the ADM evaluation suite reads
-torchrun --nproc-per-node=8 sample.py --ckpt runs/600M --npz 50000   on many GPUs; after a stop, repeat the command
-python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4           a released folder
+    python sample.py --ckpt runs/demo                            a grid of every class
+    python sample.py --ckpt runs/demo --classes 7 3 --n 20       of some classes
+    python sample.py --ckpt TerDiT-600M/ --classes 207 --cfg 4   a released folder
+    python sample.py --ckpt runs/demo --npz 1000 --out x.npz     what ADM's evaluator reads
+
+`torchrun --nproc-per-node=8 sample.py --npz ...` shares the work. After a stop, repeat the command.
 """
 
 import argparse
-import fcntl
+import io
 import json
 import math
 import os
 import resource
-import shutil
+import secrets
 import sys
 import time
+import traceback
 import unicodedata
+import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 
-from terdit import GaussianDiffusion, atomic_write, cpu_kernel, cuda_kernel, first_line, in_dtype, load_model
+from terdit import NUM_TIMESTEPS, GaussianDiffusion, atomic_write, check_writable, cpu_kernel
+from terdit import cuda_kernel, first_line, in_dtype, load_model
 
-IMAGENET = ["207", "360", "387", "974", "88", "979", "417", "279"]  # the eight classes that DiT papers show
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
 def main(argv=None):
     args = parse_args(argv)
-    init_distributed(args.device)
-    path = from_rank_0(find_checkpoint(args.ckpt))  # a run that is still training may save a newer one meanwhile
+    if args.device == "cuda":
+        torch.cuda.set_device(torchrun().local_rank)
+    path = find_checkpoint(args.ckpt)
     model = load(path, args)
     config = model.config
     vae = load_vae(config.vae, args.device) if config.vae else None
-    if vae and vae.config.latent_channels != config.in_channels:
-        raise ValueError(f"the VAE {config.vae} has {vae.config.latent_channels} channels, {path} {config.in_channels}")
-    names = config.class_names or [str(row) for row in range(config.num_classes)]
-    classes = pick_classes(args.classes, config, everything=args.npz)
+    names = class_names(config)
+    classes = pick_classes(args.classes, config, everything=args.npz is not None)
     n = args.npz or args.n or 4 * len(classes)
-    y = torch.tensor([classes[i % len(classes)] for i in range(n)])
     sampler = args.sampler or ("ddpm" if config.vae else "dpm")
     steps = args.steps or (250 if config.vae and sampler != "dpm" else 16)
-    options = dict(seed=args.seed, cfg_scale=args.cfg, steps=steps, sampler=sampler,
-                   guided_channels=args.guided_channels, guidance_interval=args.guidance_interval)  # fmt: skip
-    print(f"{n} images of the classes {[names[row] for row in classes[:n]]!r:.200}")
+    options = dict(
+        seed=args.seed,
+        cfg_scale=args.cfg,
+        steps=steps,
+        sampler=sampler,
+        guided_channels=args.guided_channels,
+    )
+    print(f"{path}: {n} images of the classes {[names[row] for row in classes[:n]]!r:.200}")
 
-    def draw(index, progress):
-        """The images of these numbers (m,) -> (m, 3, H, W) fp32 in [-1, 1], on the CPU."""
-        x = sample_latents(model, y[index], index, progress=progress, **options)
-        if not x.isfinite().all():
-            raise ValueError(f"{path}: the samples are not finite; is the checkpoint damaged?")
-        return decode(vae, x, config.latent_scale)
+    def draw_images(index, progress):
+        y = torch.tensor(classes)[index % len(classes)]  # the classes take turns
+        return draw(model, vae, y, index, progress=progress, **options)
 
-    start = time.time()
+    start = time.monotonic()
     if args.npz:
-        indices = np.arange(len(names))  # the data set's own: in a released TerDiT row 121 has the name, and index, 207
-        numbers = [int(name) for name in names if name.isdecimal()]
-        if len(set(numbers)) == len(names):
-            indices = np.array(numbers)
-        blank = torch.zeros(1, config.in_channels, config.input_size, config.input_size, device=args.device)
-        image_shape = to_uint8(decode(vae, blank, config.latent_scale)).shape[1:]
-        tensors = [value.cpu().contiguous() for value in model.state_dict().values()]
-        weights = sum(zlib.crc32(value.view(torch.uint8).numpy()) for value in tensors)  # wherever their file lies
-        settings = options | dict(n=n, classes=classes, batch=args.batch, n_heads=config.n_heads, vae=config.vae,
-                                  dtype=args.dtype, weights=weights)  # fmt: skip
-        n = sample_npz(args.out, draw, indices[y.numpy()], image_shape, settings)
+        settings = options | dict(
+            n=n,
+            classes=classes,
+            batch=args.batch,
+            n_heads=config.n_heads,
+            vae=config.vae,
+            dtype=args.dtype,
+            checksum=checksum(model),  # wherever its file lies
+        )
+        labels = torch.tensor(class_numbers(names))[classes].numpy()
+        n_drawn = sample_npz(args.out, draw_images, labels, settings)
     else:
+        columns = min(len(classes), n)
+        check_picture(args.out, model, vae, n, columns)
         progress = Progress(n)
-        images = torch.cat([draw(index, progress) for index in torch.arange(n).split(args.batch)])
-        save_grid(images, min(len(classes), n), args.out)
-    report(path, model, args, time.time() - start, n, steps)
+        images = [draw_images(index, progress) for index in torch.arange(n).split(args.batch)]
+        save_grid(torch.cat(images), columns, args.out)
+        n_drawn = n
+    report(model, args, n_drawn, steps, time.monotonic() - start)
     print(f"wrote {args.out}")
 
 
-def find_checkpoint(path):
-    """A run folder of train.py -> its packed.pt or full.pt, whichever is newer. Other paths stay as they are."""
-    found = [Path(path, name) for name in ("packed.pt", "full.pt") if Path(path, name).is_file()]
-    return max(found, key=os.path.getmtime, default=Path(path))
-
-
-def load(path, args):
-    """The model in eval mode, with what the command says about it."""
-    model = load_model(path, args.device, **(dict(n_heads=args.n_heads) if args.n_heads else {}))
-    config = model.config
-    if args.vae and not config.vae:
-        raise ValueError(f"--vae {args.vae}: {path} draws pixels, there are no latents to decode")
-    config.vae = args.vae or config.vae
-    # Ternary models of latents are large: on a CPU they take int8, if it has instructions for it.
-    on_cpu = "int8" if config.ternary and config.vae and cpu_has("avx512_vnni", "avx_vnni") else "fp32"
-    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else on_cpu)
-    return in_dtype(model, DTYPES[args.dtype])
+def draw(model, vae, y, index, **options):
+    """Images (n, 3, H, W) fp32 in [-1, 1], on the CPU. Arguments as in sample_latents."""
+    x = sample_latents(model, y, index, **options)
+    if not x.isfinite().all():
+        raise ValueError("the samples are not finite; is the checkpoint damaged?")
+    return decode(vae, x, model.config.latent_scale)
 
 
 @torch.no_grad()
-def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=16, sampler="dpm", progress=None,
-                   guided_channels=None, guidance_interval=None):  # fmt: skip
+def sample_latents(
+    model,
+    y,
+    index,
+    seed=0,
+    cfg_scale=1.5,
+    steps=16,
+    sampler="dpm",
+    guided_channels=None,
+    progress=None,
+):
     """The guided denoising loop: labels y (n,) -> x_0 (n, C, H, W) fp32.
 
-    index (n,): each image's number in the run. Its noise is a function of the seed and this number, so an image is the
-    same whatever batch it is computed in (a matmul of another height may round its last bits otherwise).
-    guidance_interval: the lowest and the highest timestep of 0..999 that are guided; None guides all. At the others the
-    model runs without its unconditional half (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    index (n,): each image's number. Its noise is a function of the seed and this number, so it does
+    not depend on the batch. (A matmul of another height may round its last bits otherwise.)
     """
     config = model.config
     device = next(model.parameters()).device
     diffusion = GaussianDiffusion(steps, config.prediction)
     shape = (config.in_channels, config.input_size, config.input_size)
     generators = [generator(seed, int(i)) for i in index]
-    low, high = guidance_interval or (0, 999)
-    if not any(low <= t <= high for t in diffusion.timestep_map):
-        raise ValueError(f"--guidance-interval {low} {high} guides nothing: none of the {steps} timesteps lies in it")
 
     def draw_noise(x=None):  # the sampler passes x, which is not needed
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
@@ -126,308 +125,363 @@ def sample_latents(model, y, index, seed=0, cfg_scale=1.5, steps=16, sampler="dp
     null = torch.full_like(y, config.num_classes)
 
     def model_fn(x, t):
-        if cfg_scale != 1 and low <= int(t[0]) <= high:  # all images are at the same timestep
+        if cfg_scale == 1:
+            out = model(x, t, y)
+        else:
             twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
             out = model.forward_with_cfg(*twice, cfg_scale, guided_channels)[: len(x)]
-        else:
-            out = model(x, t, y)
         if progress:
             progress.add(len(x) / steps, "sampling")
         return out
 
     clip = config.vae is None  # pixels lie in [-1, 1], latents do not
+    noise = draw_noise()  # x_T
     if sampler == "ddpm":
-        return diffusion.p_sample_loop(model_fn, draw_noise(), clip_denoised=clip, noise_fn=draw_noise)
-    loop = dict(ddim=diffusion.ddim_sample_loop, dpm=diffusion.dpm_sample_loop)[sampler]
-    return loop(model_fn, draw_noise(), clip_denoised=clip)
+        return diffusion.p_sample_loop(model_fn, noise, clip, draw_noise)
+    if sampler == "ddim":
+        return diffusion.ddim_sample_loop(model_fn, noise, clip)
+    return diffusion.dpm_sample_loop(model_fn, noise, clip)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classes, an .npz of many images, the report, the flags
+# --------------------------------------------------------------------------------------------------
+# The checkpoint and its classes
+
+
+def find_checkpoint(path):
+    """A run folder of train.py -> its packed.pt or full.pt. Other paths stay as they are."""
+    found = [Path(path, name) for name in ("packed.pt", "full.pt") if Path(path, name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{path} holds {found[0].name} and {found[1].name}: name one of them")
+    return found[0] if found else Path(path)
+
+
+def load(path, args):
+    """The model in eval mode, with what the command says about it."""
+    overrides = dict(n_heads=args.n_heads) if args.n_heads else {}
+    model = load_model(path, args.device, **overrides)
+    config = model.config
+    if args.vae and not config.vae:
+        raise ValueError(f"--vae {args.vae}: {path} draws pixels, there are no latents to decode")
+    config.vae = args.vae or config.vae
+    if args.dtype is None:
+        # Ternary models of latents are large. int8 is faster, if the CPU has instructions for it.
+        has_int8 = config.ternary and config.vae and cpu_has("avx512_vnni", "avx_vnni")
+        on_cpu = "int8" if has_int8 else "fp32"
+        args.dtype = "bf16" if args.device == "cuda" else on_cpu
+    return in_dtype(model, DTYPES[args.dtype])
+
+
+def class_names(config):
+    return config.class_names or [str(row) for row in range(config.num_classes)]
 
 
 def pick_classes(wanted, config, everything=False):
-    """Class names -> rows of the label table: "207" is the name of row 121 in a released TerDiT. A number also finds
-    the one name that is the same number: 7 finds 007. None: all of up to ten, else eight (everything=True: all)."""
-    names = config.class_names or [str(row) for row in range(config.num_classes)]
+    """Class names -> rows of the label table: "207" is the name of row 121 in a released TerDiT.
+
+    wanted=None: all classes if they are at most ten (everything=True: any number), else eight.
+    """
+    names = class_names(config)
     if wanted is None:
-        if everything or len(names) <= 10:
-            return list(range(len(names)))
-        wanted = IMAGENET if set(IMAGENET) <= set(names) else names[:8]
+        is_all = everything or len(names) <= 10
+        return list(range(len(names) if is_all else 8))
     # é may be one letter or e + accent: compared is Unicode's form NFC, which keyboards type.
     names = [unicodedata.normalize("NFC", name) for name in names]
     rows = []
     for name in wanted:
-        found = [row for row, other in enumerate(names) if other == unicodedata.normalize("NFC", name)]
-        if not found and name.isdecimal():
-            found = [row for row, other in enumerate(names) if other.isdecimal() and int(other) == int(name)]
-        if len(found) != 1:
-            raise ValueError(f"class {name!r} is unknown or not the only one: the {len(names)} are {names!r:.200}")
-        rows += found
+        name = unicodedata.normalize("NFC", name)
+        if names.count(name) != 1:
+            raise ValueError(f"class {name!r} is not one of the {len(names)}: {names!r:.200}")
+        rows.append(names.index(name))
     return rows
 
 
-def sample_npz(out, draw, labels, image_shape, settings):
-    """Draw the images of labels (n,), in batches that the processes share, into the .npz file `out`. -> how many
-    What is drawn lies in OUT.part, where a run that was stopped goes on, on any number of processes: batches do not
-    depend on it, so the images are equal to the bit. ValueError: the folder holds images of other settings."""
-    part = Path(os.path.realpath(out) + ".part")
-    rank, world = ranks()
-    with locked(part):
-        if rank == 0 and not (part / "header.json").is_file():
-            create_rows(part, settings, len(labels), image_shape, np.uint8)
-        barrier()
-        rows = Rows(part, settings)
-        todo = rows.missing(settings["batch"])
-        own = todo[rank::world]
-        progress = Progress(sum(len(index) for index in own))
-        for index in own:
-            rows.put(index, to_uint8(draw(torch.from_numpy(index), progress)), THERE)
-        barrier()
-        if rank == 0:
-            atomic_write(out, lambda file: np.savez(file, arr_0=rows.x, arr_1=labels))
-            (part / "header.json").unlink()  # first: a folder without it is ignored, so a kill in between does no harm
-            shutil.rmtree(part)
-    return sum(len(index) for index in todo)
+def class_numbers(names):
+    """The data set's own numbers: in a released TerDiT row 121 has the name, and number, 207."""
+    numbers = [int(name) for name in names if name.isdecimal()]
+    if len(set(numbers)) == len(names):
+        return numbers
+    return list(range(len(names)))
 
 
-def report(path, model, args, seconds, n, steps):
-    """Print what the paper's efficiency table (table 2) reports."""
-    if model.config.ternary:
-        on_cpu = args.device == "cpu"  # a GPU takes it in bf16 alone, see packed_linear
-        kernel = cpu_kernel() if on_cpu else (args.dtype == "bf16" and cuda_kernel(next(model.parameters()).device))
-        print(f"products with packed weights in {args.dtype}, kernel.cu {'helps' if kernel else 'is not used'}")
-    status = Path("/proc/self/status")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
-    if args.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    elif status.is_file():  # on Linux ru_maxrss starts with the peak of the program that started this one
-        peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    codes = sum(buffer.numel() for buffer in model.buffers())  # bytes
-    rest = sum(4 * p.numel() for p in model.parameters())
-    print(f"{path}: 2-bit codes {codes / 1e6:.2f} MB, the rest {rest / 1e6:.2f} MB; peak memory "
-          f"{peak / 1e6:,.0f} MB; {n} images of {steps} steps in {seconds:.1f} s")  # fmt: skip
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    how_many = parser.add_mutually_exclusive_group().add_argument
-    flag("--ckpt", required=True, help="packed.pt, a run folder of train.py, a released TerDiT or Large-DiT folder")
-    flag("--classes", nargs="+", help="class names; all by default (eight of more than ten)")
-    how_many("--n", type=int, help="images in all, the classes taking turns; four a class by default")
-    how_many("--npz", type=int, metavar="N", help="write N images of classes in turn as .npz instead of a grid")
-    flag("--cfg", type=float, default=1.5, help="guidance scale; 1 is none (default 1.5)")
-    flag("--guided-channels", type=int, help="guide the first N channels; default all; upstream 3")
-    flag("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"), help="guide only at these of 0..999")
-    flag("--steps", type=int, help="denoising steps; default 16; for latents 250 with ddpm or ddim")
-    flag("--sampler", choices=["ddpm", "ddim", "dpm"], help="default dpm (DPM-Solver++); for latents ddpm, the paper's")
-    flag("--seed", type=int, default=0, help="of the noise (default 0)")
-    flag("--batch", type=int, default=100, help="images at a time, of each process (default 100)")
-    flag("--out", help="default grid.png or samples.npz")
-    flag("--device", choices=DEVICES, default=DEVICES[0], help=f"default {DEVICES[0]}")
-    flag("--dtype", choices=DTYPES, help="of ternary products; default bf16 on a GPU; on a CPU fp32, for latents int8")
-    flag("--vae", help="use this VAE (name or folder) instead of the one that the checkpoint names")
-    flag("--n-heads", type=int, help="of a released model, if they are not 32")
-    args = parser.parse_args(argv)
-    args.out = args.out or ("samples.npz" if args.npz else "grid.png")
-    for name in ("n", "npz", "steps", "batch", "guided_channels"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
-    if os.path.isdir(args.out) or not os.access(Path(args.out).resolve().parent, os.W_OK):
-        parser.error(f"argument --out: {args.out} is a folder, or not in one that can be written to")
-    if not args.npz and Image.registered_extensions().get(Path(args.out).suffix.lower()) not in Image.SAVE:
-        parser.error(f"argument --out: {args.out} does not end as a picture that can be written, such as grid.png")
-    if not args.npz and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("several processes share the batches of --npz N; for a grid start one: python sample.py ...")
-    return args
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shared with train.py: rows on disk that several processes fill, VAEs, pictures, processes, progress, errors
-
-MISSING, THERE, UNUSABLE = range(3)  # status of a row
-
-
-def create_rows(folder, header, n, shape, dtype):
-    """Make the folder of Rows: x.npy (n, *shape), status.npy, and header.json last: a folder without it is ignored."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "x.npy"
-    try:
-        np.lib.format.open_memmap(path, "w+", dtype, (n, *shape))
-        with open(path, "r+b") as file, suppress(AttributeError):  # macOS has no posix_fallocate
-            # Reserve the disk space now: a full disk would otherwise kill the process when a mapped page is written.
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    except OSError as e:
-        n_bytes = n * math.prod(shape) * np.dtype(dtype).itemsize
-        path.unlink(missing_ok=True)  # others may need the space that it has taken
-        raise OSError(f"{path}: cannot be made, it takes {n_bytes / 1e6:,.0f} MB ({first_line(e)})") from None
-    np.save(folder / "status.npy", np.full(n, MISSING, np.uint8))
-    atomic_write(folder / "header.json", lambda file: file.write(json.dumps(header).encode()))
-
-
-class Rows:
-    """x (n, ...) and status (n,), mapped into memory; header: what they are, as it was when the folder was made.
-    ValueError: the folder was made with other settings than `wanted`, which are named, or it is damaged."""
-
-    def __init__(self, folder, wanted):
-        self.folder = folder
-        mode = "r+" if os.access(folder / "x.npy", os.W_OK) else "r"  # a finished cache may be someone else's
-        try:
-            self.header = json.loads((folder / "header.json").read_text())
-            np.load(folder / "x.npy", mmap_mode="r")  # in mode r+, numpy fills a file that was cut short with zeros
-            self.x = np.load(folder / "x.npy", mmap_mode=mode)
-            self.status = np.load(folder / "status.npy", mmap_mode=mode)
-        except (OSError, ValueError, EOFError) as e:
-            raise ValueError(f"{folder}: cut short or damaged ({first_line(e)}); delete it to start anew") from None
-        for name, here in wanted.items():
-            theirs = self.header.get(name)
-            is_moved_vae = name == "vae" and here and theirs == os.path.realpath(here)  # a folder that may be gone
-            if theirs != here and not is_moved_vae:
-                raise ValueError(f"{folder} was made with {name}={theirs!r:.99}, this command says {here!r:.99}: say "
-                                 "the same, take another --out, or delete that folder")  # fmt: skip
-
-    def missing(self, size):
-        """Numbers of the rows that are missing, in parts that start at multiples of `size`, for all processes."""
-        parts = np.split(np.arange(len(self.status)), range(size, len(self.status), size))
-        parts = [part for part in parts if (self.status[part] == MISSING).any()]
-        barrier()  # nobody fills a row before all have seen what is missing
-        return parts
-
-    def put(self, index, rows, status):
-        self.x[index] = rows
-        self.x.flush()  # the rows are on the disk before their status says so
-        self.status[index] = status
+# --------------------------------------------------------------------------------------------------
+# Pictures and latents
 
 
 def load_vae(name, device):
-    """The VAE between images and latents, a diffusers model or a local folder. ValueError: it is none, or not whole."""
+    """The VAE between images and latents: a diffusers model, by name or folder. ValueError."""
     try:
         from diffusers import AutoencoderKL
 
         kind = AutoencoderKL.load_config(name).get("_class_name")
         if kind != "AutoencoderKL":
             raise ValueError(f"it is a {kind}, expected an AutoencoderKL")
-        vae, info = AutoencoderKL.from_pretrained(name, output_loading_info=True, low_cpu_mem_usage=False)
+        vae, info = AutoencoderKL.from_pretrained(
+            name, output_loading_info=True, low_cpu_mem_usage=False
+        )
     except ImportError:
         raise ValueError(f"the latents of the VAE {name} need: pip install diffusers") from None
     except Exception as e:  # diffusers and its hub raise errors of many kinds
-        moved = "" if os.path.isdir(name) else ". If it has moved, name it with --vae; latents in a cache need none"
-        raise ValueError(f"the VAE {name} cannot be loaded ({first_line(e)}){moved}") from None
+        reason = first_line(e)
+        raise ValueError(
+            f"the VAE {name} cannot be loaded ({reason}). If it has moved, name it with --vae"
+        ) from None
     if info["missing_keys"]:
         raise ValueError(f"the VAE {name} is not whole: it lacks {min(info['missing_keys'])}")
     if getattr(vae.config, "shift_factor", None):
-        raise ValueError(f"the VAE {name} shifts its latents (shift_factor): our Config has no place for it")
+        raise ValueError(f"the VAE {name} shifts its latents: our Config has no place for that")
     return vae.to(device).eval().requires_grad_(False)
 
 
 def decode(vae, x, latent_scale):
-    """x_0 (n, C, h, w) -> images (n, 3, H, W) fp32 in [-1, 1], on the CPU. vae=None: they are pixels already."""
-    if vae:  # one after the other, to spare memory
-        x = torch.cat([vae.decode(z / latent_scale).sample for z in x.split(1)])
-        if not x.isfinite().all():
-            raise ValueError(f"the VAE {vae.config._name_or_path} puts out values that are not finite")
+    """x_0 (n, C, h, w) -> images (n, 3, H, W) fp32 in [-1, 1], on the CPU. vae=None: pixels."""
+    if vae:
+        if vae.config.latent_channels != x.shape[1]:
+            raise ValueError(f"the VAE has {vae.config.latent_channels} channels, not {x.shape[1]}")
+        x = torch.cat([vae.decode(z / latent_scale).sample for z in x.split(1)])  # to spare memory
     return x.float().clamp(-1, 1).cpu()
 
 
 def to_uint8(x):
-    """(n, C, H, W) in [-1, 1] -> (n, H, W, 3) uint8 numpy."""
-    x = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-    return x.expand(-1, -1, -1, 3).contiguous().numpy()
+    """Pixels of [-1, 1] -> 0 to 255, of the same shape. from_uint8 is the way back."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def from_uint8(x):
+    return x.float() / 127.5 - 1
+
+
+def encode_grid(x, columns, path):
+    """Images (n, 3, H, W) -> the bytes of one picture, in the format of path's ending.
+
+    ValueError: Pillow cannot write it so.
+    """
+    n, _, h, w = x.shape
+    rows = math.ceil(n / columns)
+    cells = np.full((rows * columns, h, w, 3), 255, np.uint8)  # empty places stay white
+    cells[:n] = to_uint8(x).permute(0, 2, 3, 1).numpy()
+    cells = cells.reshape(rows, columns, h, w, 3).swapaxes(1, 2)  # (rows, H, columns, W, 3)
+    picture = Image.fromarray(cells.reshape(rows * h, columns * w, 3))
+    zoom = max(1, min(96 // w, 1600 // picture.width))
+    picture = ImageOps.scale(picture, zoom, Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    try:
+        picture.save(file, Image.registered_extensions().get(Path(path).suffix.lower()))
+        size = Image.open(file).size
+    except Exception as e:  # Pillow's encoders raise whatever they like
+        raise ValueError(f"--out {path}: no picture can be written so ({first_line(e)})") from None
+    if size != picture.size:
+        raise ValueError(f"--out {path}: its format cuts {picture.size} pixels down to {size}")
+    return file.getvalue()
 
 
 def save_grid(x, columns, path):
-    """Images (n, 3, H, W) row by row into one picture, enlarged to a width that a person can see."""
-    images = to_uint8(x)
-    n, h, w, _ = images.shape
-    rows = -(-n // columns)  # rounded up
-    sheet = np.full((rows * columns, h, w, 3), 255, np.uint8)  # empty places stay white
-    sheet[:n] = images
-    sheet = sheet.reshape(rows, columns, h, w, 3).swapaxes(1, 2).reshape(rows * h, columns * w, 3)
-    picture = Image.fromarray(sheet)
-    zoom = max(1, min(96 // w, 1600 // picture.width))
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    atomic_write(path, lambda file: picture.save(file, kind))
+    """Write images (n, 3, H, W) as one picture. The ending of path names its format."""
+    picture = encode_grid(x, columns, path)
+    atomic_write(path, lambda file: file.write(picture))
+
+
+def check_picture(path, model, vae, n, columns):
+    """Encode a blank sheet first: an --out that cannot be written is found before hours of drawing.
+    """
+    check_writable(path)
+    config = model.config
+    device = next(model.parameters()).device
+    x = torch.zeros(1, config.in_channels, config.input_size, config.input_size, device=device)
+    encode_grid(decode(vae, x, config.latent_scale).expand(n, -1, -1, -1), columns, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# An .npz of many images
+
+
+def sample_npz(out, draw_images, labels, settings):
+    """Draw n images, whose labels (classes,) take turns, into the .npz file `out`. -> how many
+
+    Each batch is a file of its own in OUT.part, drawn only if it is not there. So the images do not
+    depend on the number of processes, nor on stops. No process waits for another: the first one
+    also draws what is missing after its own batches, from the last one backwards. Then it writes
+    the .npz. ValueError: the folder has batches of other settings.
+    """
+    check_writable(out)
+    part = Path(f"{os.path.realpath(out)}.part")
+    part.mkdir(exist_ok=True)
+    agree_on(part / "settings.json", settings)
+    n = settings["n"]
+    batch = settings["batch"]
+    starts = range(0, n, batch)
+    launch = torchrun()
+
+    def path_of(start):
+        return part / f"{start:09d}.npy"
+
+    def numbers_from(start):
+        return torch.arange(start, min(start + batch, n))
+
+    n_drawn = 0
+    for mine in (starts[launch.rank :: launch.world], starts[::-1]):
+        drawn = [int(name[:9]) for name in os.listdir(part) if name.endswith(".npy")]
+        n_missing = len(mine) - len(set(drawn).intersection(mine))
+        progress = Progress(min(n_missing * batch, n))
+        for start in mine:
+            if path_of(start).exists():
+                continue
+            index = numbers_from(start)
+            images = to_uint8(draw_images(index, progress)).permute(0, 2, 3, 1).numpy()
+            atomic_write(path_of(start), lambda file: np.save(file, images))
+            n_drawn += len(index)
+        if launch.rank > 0:
+            return n_drawn
+
+    shape = np.load(path_of(0)).shape[1:]  # (H, W, 3)
+    images = (np.load(path_of(start)) for start in starts)
+    y = (labels[numbers_from(start) % len(labels)] for start in starts)
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            write_array(archive, "arr_0", (n, *shape), np.uint8, images)
+            write_array(archive, "arr_1", (n,), np.int64, y)
+
+    atomic_write(out, write)
+    print(f"{part} holds the same images; it may be deleted")
+    return n_drawn
+
+
+def agree_on(path, settings):
+    """Whoever comes first writes the settings. The others must have the same. ValueError."""
+    own = path.with_name(f"{secrets.token_hex(4)}.tmp")
+    atomic_write(own, lambda file: file.write(json.dumps(settings).encode()))
+    try:
+        os.link(own, path)  # whole from its first moment on
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
+    theirs = json.loads(path.read_text())
+    require_same(path.parent, theirs, settings, "take another --out, or delete that folder")
+
+
+def checksum(model):
+    """CRC-32 of all weights of a model."""
+    crc = 0
+    for tensor in model.state_dict().values():
+        crc = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def write_array(archive, name, shape, dtype, parts):
+    """Add an array to an .npz as numpy would, part after part: memory does not grow with it."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+        header = dict(descr=descr, fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype).tobytes())
+
+
+# --------------------------------------------------------------------------------------------------
+# The report and the flags
+
+
+def report(model, args, n, steps, seconds):
+    """Print what the paper's efficiency table (table 2) reports."""
+    if model.config.ternary:
+        if args.device == "cpu":
+            kernel = cpu_kernel()
+        else:  # a GPU takes it in bf16 alone, see packed_linear
+            kernel = args.dtype == "bf16" and cuda_kernel(next(model.parameters()).device)
+        helps = "helps" if kernel else "is not used"
+        print(f"products with packed weights in {args.dtype}, kernel.cu {helps}")
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    codes = sum(buffer.numel() for buffer in model.buffers())  # bytes
+    rest = sum(4 * p.numel() for p in model.parameters())
+    print(
+        f"2-bit codes {codes / 1e6:.2f} MB, the rest {rest / 1e6:.2f} MB; peak memory "
+        f"{peak / 1e6:,.0f} MB; {n} images of {steps} steps in {seconds:.1f} s"
+    )
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    how_many = parser.add_mutually_exclusive_group().add_argument
+    flag("--ckpt", required=True, help="packed.pt, a run folder of train.py, a released folder")
+    flag("--classes", nargs="+", help="class names; default all, or eight of more than ten")
+    how_many("--n", type=number(int, 1), help="images in all; default four a class")
+    how_many("--npz", type=number(int, 1), metavar="N", help="write N images as .npz, not a grid")
+    flag("--cfg", type=number(float, 0), default=1.5, help="guidance, 1 is none (default 1.5)")
+    flag("--guided-channels", type=number(int, 1), help="guide N of them; default all; upstream 3")
+    flag(
+        "--steps",
+        type=number(int, 1, NUM_TIMESTEPS),
+        help="denoising steps; default 16; for latents 250 with ddpm or ddim",
+    )
+    flag(
+        "--sampler",
+        choices=["ddpm", "ddim", "dpm"],
+        help="default dpm (DPM-Solver++); for latents ddpm, the paper's",
+    )
+    flag("--seed", type=number(int, 0, MAX_SEED), default=0, help="of the noise (default 0)")
+    flag("--batch", type=number(int, 1), default=100, help="images at a time (default 100)")
+    flag("--out", help="default grid.png or samples.npz")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help=f"default {DEVICES[0]}")
+    flag(
+        "--dtype",
+        choices=DTYPES,
+        help="of ternary products; default bf16 on a GPU; on a CPU fp32, for latents int8",
+    )
+    flag("--vae", help="take this VAE (name or folder), not the one that the checkpoint names")
+    flag("--n-heads", type=number(int, 1), help="of a released model, if they are not 32")
+    args = parser.parse_args(argv)
+    args.out = args.out or ("samples.npz" if args.npz else "grid.png")
+    if not args.npz and torchrun().world > 1:
+        parser.error("several processes share the batches of --npz N; for a grid start one")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# What both scripts need: random numbers, flags, progress, processes, errors
+
+TORCHRUN = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+MAX_SEED = 2**32 - 1  # SeedSequence splits larger numbers: 2^32 would mean 0, 1
 
 
 def generator(*numbers):
-    """A random generator seeded by these whole numbers: (seed, number of the image) here; in train.py (seed, 0, epoch)
-    order of the images, (seed, 1, step) batches, (seed, 2) which images are held out, (seed, 3) validation."""
+    """A random generator seeded by whole numbers: (seed, number of the image).
+
+    In train.py (seed, 0, epoch) for the order of images, (seed, 1, step) for batches, (seed, 2) for
+    which images are held out, (seed, 3) for validation.
+    """
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
 
 
-def init_distributed(device):
-    """Join the process group of a launcher (torchrun), if one started this process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    backend = "gloo"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    # Processes may wait for hours while one lists a million files, or finishes its share of a cache.
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+def number(kind, least, most=2**31 - 1):
+    """A type for argparse: an int or float from least to most. By default C++ can hold it."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:  # nan, too
+            limits = f"at least {least} and at most {most}"
+            raise argparse.ArgumentTypeError(f"got {text}, expected {limits}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's words for what is no number
+    return parse
 
 
-def ranks():
-    """This process's number, and how many there are."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def from_rank_0(value):
-    """The value that rank 0 has, on all processes."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-@contextmanager
-def locked(folder):
-    """Make the folder, and keep other runs out of it. The system's lock: a killed run leaves none behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            if ranks()[0] == 0:  # of many processes the first one holds it
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another run is at work there: wait, stop it, or take another --out") from None
-        yield
-
-
-class Progress:
-    """Count the images that are done of `total`, and show rate and time left: on a terminal, or a line every 15 s."""
-
-    def __init__(self, total):
-        self.total = total
-        self.done = 0
-        self.start = time.time()
-        self.shown = self.start
-
-    def add(self, n, what):
-        self.done += n
-        now = time.time()
-        live = sys.stderr.isatty()
-        is_last = self.done > self.total - 1e-6
-        if ranks()[0] > 0 or (not is_last and now - self.shown < (0.5 if live else 15)):
-            return
-        self.shown = now
-        rate = self.done / (now - self.start)
-        left = timedelta(seconds=int((self.total - self.done) / rate))
-        line = f"{what}: {self.done / self.total:.1%}, {rate:.3g} images/s, {left} left"
-        with suppress(OSError):  # the terminal may be closed
-            line = f"\r{line:<100}" if live else line
-            print(line, end="\n" if is_last or not live else "", file=sys.stderr, flush=True)
+def require_same(what, theirs, ours, advice):
+    """ValueError: something was made with other settings than ours. It names the first one."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{what} was made with {name}={theirs.get(name)!r:.99}, "
+                f"this command says {value!r:.99}: {advice}"
+            )
 
 
 def cpu_has(*flags):
@@ -436,24 +490,98 @@ def cpu_has(*flags):
     return cpuinfo.is_file() and not set(flags).isdisjoint(cpuinfo.read_text().split())
 
 
+class Launch(NamedTuple):
+    """This process among those that a launcher has started together."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # on this machine
+
+
+def torchrun():
+    """-> Launch, from torchrun's variables. One process, unless all of them are set."""
+    values = [os.environ.get(name) for name in TORCHRUN]
+    if not all(values):
+        return Launch()
+    for name, value in zip(TORCHRUN[:4], values):
+        if not value.isdecimal() or (name.endswith("SIZE") and int(value) == 0):
+            raise ValueError(f"the variable {name} is {value!r}, expected a number of processes")
+    launch = Launch(*map(int, values[:3]))
+    if launch.rank >= launch.world:
+        raise ValueError(f"RANK={launch.rank}, expected less than WORLD_SIZE={launch.world}")
+    return launch
+
+
+class Progress:
+    """Show how many of `total` images are done: on a terminal, or as a line every 15 s."""
+
+    def __init__(self, total):
+        self.total = total
+        self.done = 0
+        self.start = time.monotonic()
+        self.shown = self.start
+
+    def add(self, n, what):
+        self.done += n
+        now = time.monotonic()
+        live = sys.stderr.isatty()
+        is_last = self.done > self.total - 1e-6
+        pause = 0.5 if live else 15
+        if torchrun().rank > 0 or (not is_last and now - self.shown < pause):
+            return
+        self.shown = now
+        rate = self.done / max(now - self.start, 1e-9)
+        left = timedelta(seconds=int((self.total - self.done) / rate))
+        line = f"{what}: {self.done / self.total:.1%}, {rate:.3g} images/s, {left} left"
+        if live:
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            line = f"\r{line[:width]:<{width}}"
+        print(line, end="\n" if is_last or not live else "", file=sys.stderr, flush=True)
+
+
+class Speech:
+    """stdout or stderr for main(). No run is lost because nobody can read what it says."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # a terminal may not know é
+
+    def write(self, text):
+        with suppress(OSError):  # the terminal or the pipe is closed
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):  # isatty, fileno, ...
+        return getattr(self.stream, name)
+
+
+OUT_OF_MEMORY = "error: out of memory; a smaller --batch or --micro-batch takes less"
+
+
 def run_main(main):
-    """main() with one line instead of a traceback for what a user can mend; exit code 1 (argparse's own is 2)."""
+    """Call main(). What a user can mend ends in one line and exit code 1; argparse's code is 2."""
+    while os.open(os.devnull, os.O_RDWR) < 2:
+        pass  # 1 or 2 was closed: a file could have taken its number, and got what is printed
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Speech(getattr(sys, name) or open(os.devnull, "w")))
     try:
+        if torchrun().rank > 0:
+            sys.stdout = open(os.devnull, "w")  # one process speaks for all
         main()
-        if dist.is_initialized():  # torch's own teardown sometimes aborts, and the launcher then kills the others
-            dist.barrier()
-            sys.stdout.flush()
-            os._exit(0)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except (MemoryError, RuntimeError) as e:  # a GPU raises torch.OutOfMemoryError; a CPU raises a plain RuntimeError
-        if "Connection closed by peer" in str(e):  # gloo's words
-            sys.exit("stopped: another process has ended")
-        if not any(words in str(e) for words in ("out of memory", "DefaultCPUAllocator", "allocate memory")):
-            raise
-        sys.exit(f"error: out of memory ({first_line(e)}). A smaller --micro-batch or --batch takes less")
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        sys.exit(OUT_OF_MEMORY + f" ({first_line(e)})")
+    except (ValueError, OSError) as e:
+        place = traceback.extract_tb(e.__traceback__)[-1]  # for those who have edited the code
+        sys.exit(f"error: {e} ({Path(place.filename).name}:{place.lineno})")
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" in str(e):  # torch has no type for it
+            sys.exit(OUT_OF_MEMORY)
+        raise
 
 
 if __name__ == "__main__":

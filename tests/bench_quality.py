@@ -1,19 +1,20 @@
-"""How good checkpoints are: accuracy and toy FID on the digits, or the held-out loss on any folder of images.
+"""How good checkpoints are: accuracy and toy FID on the digits, or held-out loss on any images.
 
-    python tests/bench_quality.py runs/demo/packed.pt [CKPT ...]               models of the digits
-    python tests/bench_quality.py --data FOLDER full.pt packed.pt [CKPT ...]   models of your images
+    python tests/bench_quality.py runs/demo [CKPT ...]           models of the digits
+    python tests/bench_quality.py --data FOLDER CKPT [CKPT ...]  models of your images
 
-The judge is a small CNN, trained here on freshly drawn digits (8,000; 500 steps). The toy FID is the Frechet distance
-between 1,000 samples and 5,000 fresh digits, in the space of the judge's 64 features before its last ReLU. It is not
-the FID of papers, but a number of the same kind: 0 is perfect, and `fid_of_real` shows what as many fresh digits get.
+The judge is a small CNN, trained here on freshly drawn digits (8,000; 500 steps). The toy FID is
+the Frechet distance between 1,000 samples and 5,000 fresh digits, in the space of the judge's 64
+features before its last ReLU. It is not the FID of papers, but a number of the same kind: 0 is
+perfect, and `fid_of_real` shows what as many fresh digits get.
 
---data answers "is my ternary model as good as my full-precision one?", which the toy FID cannot. FOLDER holds images
-that no checkpoint has learned from, a subfolder a class. All checkpoints see the same noise at the same timesteps. What
-the images and the noise do to the loss cancels in the difference of two models, so its standard error is small.
+--data answers "is my ternary model as good as my full-precision one?", which the toy FID cannot.
+FOLDER holds images that no checkpoint has learned from, a subfolder a class. All checkpoints see
+the same noise at the same timesteps. What the images and the noise do to the loss cancels in the
+difference of two models, so its standard error is small.
 """
 
 import argparse
-import json
 import sys
 import time
 from functools import lru_cache
@@ -25,19 +26,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import DEVICES, DTYPES, decode, find_checkpoint, generator, load_vae, pick_classes  # noqa: E402
-from sample import run_main, sample_latents  # noqa: E402
-from terdit import GaussianDiffusion, load_model  # noqa: E402
+import sample  # noqa: E402
+from sample import DEVICES, DTYPES, MAX_SEED, find_checkpoint, from_uint8, generator  # noqa: E402
+from sample import load_vae, number, pick_classes, run_main  # noqa: E402
+from terdit import NUM_TIMESTEPS, GaussianDiffusion, load_model  # noqa: E402
 from train import digits, encode, list_images, read_image  # noqa: E402
-from tests.bench_speed import report  # noqa: E402
+from tests.bench_speed import check_json, report, write_json  # noqa: E402
 
-
-DIGITS = [str(digit) for digit in range(10)]  # class names of the models that the judge can rate
+DIGITS = [str(digit) for digit in range(10)]  # classes of the models that the judge can rate
 
 
 def conv_block(inputs, outputs):
     """Halves height and width."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
 
 
 class Judge(nn.Module):
@@ -72,7 +74,7 @@ def train_judge(size, seed=1000):
 
 @torch.no_grad()
 def features_and_accuracy(judge, x, y):
-    """-> features (n, 64) float64, and the share of the images x (n, 3, H, W) in which the judge sees the class y."""
+    """-> features (n, 64) float64 of the images x (n, 3, H, W), and the share judged as class y."""
     features = []
     right = 0
     for images, labels in zip(x.split(500), y.split(500)):
@@ -113,36 +115,45 @@ exam_of = lru_cache(Exam)  # one judge a size
 
 
 def draw(model, y, **options):
-    """-> images (n, 3, H, W) of the classes y (n,), by sample.py's code; options are those of its sample_latents."""
+    """-> images (n, 3, H, W) of the classes y (n,); options are those of sample_latents."""
     config = model.config
     vae = load_vae(config.vae, next(model.parameters()).device) if config.vae else None
-    latents = [sample_latents(model, y[part], part, **options) for part in torch.arange(len(y)).split(100)]
-    return decode(vae, torch.cat(latents), config.latent_scale)
+    parts = torch.arange(len(y)).split(100)
+    return torch.cat([sample.draw(model, vae, y[part], part, **options) for part in parts])
 
 
-def rate_samples(path, args):
-    """What the judge says of a checkpoint's samples."""
-    model = load_model(find_checkpoint(path), dtype=DTYPES[args.dtype])
-    if model.config.class_names != DIGITS:
-        raise ValueError(f"{path} draws {model.config.class_names!r:.99}, the judge knows digits: --data FOLDER?")
-    size = model.config.input_size
-    exam = exam_of(size)
+def load_models(args):
+    return [load_model(find_checkpoint(path), dtype=DTYPES[args.dtype]) for path in args.ckpt]
+
+
+def rate_samples(args):
+    """What the judge says of the samples of each checkpoint."""
+    models = load_models(args)
+    for path, model in zip(args.ckpt, models):
+        names = model.config.class_names
+        if names != DIGITS:
+            raise ValueError(f"{path} draws {names!r:.99}, the judge knows digits: --data FOLDER?")
     y = torch.arange(args.n) % 10
-    options = dict(seed=args.seed, sampler=args.sampler, steps=args.steps, guidance_interval=args.guidance_interval)
-    start = time.time()
-    x = draw(model, y, **options)
-    seconds = time.time() - start
-    real = exam.quality(*digits(args.n, size, 3000))
-    return report(ckpt=path, n=args.n, dtype=args.dtype, **options, seconds=seconds, **exam.quality(x, y),
-                  fid_of_real=real["fid"])  # fmt: skip
+    options = dict(seed=args.seed, sampler=args.sampler, steps=args.steps)
+    results = []
+    for path, model in zip(args.ckpt, models):
+        exam = exam_of(model.config.input_size)
+        start = time.monotonic()
+        x = draw(model, y, **options)
+        figures = dict(ckpt=path, n=args.n, dtype=args.dtype, **options)
+        figures["seconds"] = time.monotonic() - start
+        figures |= exam.quality(x, y)
+        figures["fid_of_real"] = exam.quality(*digits(args.n, x.shape[-1], 3000))["fid"]
+        results.append(report(**figures))
+    return results
 
 
 @torch.no_grad()
 def held_out_losses(model, x0, y):
     """-> the model's mean square error on each image x0 (n, C, H, W) of class y (n,), float64.
 
-    Each image is seen at two timesteps, one in the lower half of 0..999 and one in the upper. All of them together are
-    spread evenly. Timesteps and noise are the same for every model.
+    Each image is seen at two timesteps, one in the lower half of 0..999 and one in the upper. All
+    of them together are spread evenly. Timesteps and noise are the same for every model.
     """
     device = next(model.parameters()).device
     diffusion = GaussianDiffusion(prediction=model.config.prediction)
@@ -159,9 +170,10 @@ def held_out_losses(model, x0, y):
 
 
 def read_folder(folder, config, device):
-    """The images of a folder as a model of this config sees them -> x0 (n, C, H, W), class names, labels (n,)."""
+    """A folder's images as a model of this config sees them -> x0 (n, C, H, W), names, labels (n,).
+    """
     folder = Path(folder).resolve()
-    names, files = list_images(folder, None)
+    names, files = list_images(folder)
     vae = load_vae(config.vae, device) if config.vae else None
     size = config.input_size
     if vae:
@@ -171,54 +183,57 @@ def read_folder(folder, config, device):
     for file, label in files:
         image = read_image(folder / file, size)
         if image is not None:  # else read_image has named the file
-            rows.append(encode(vae, image[None], [file])[0, 0])
+            rows.append(encode(vae, image[None])[0, 0])
             labels.append(label)
-    x0 = torch.from_numpy(np.stack(rows)).float()
-    return x0 if vae else x0 / 127.5 - 1, names, torch.tensor(labels)
+    if len(rows) < 2:
+        read = f"{len(rows)} of {len(files)} images can be read"
+        raise ValueError(f"--data {folder}: {read}; a standard error needs at least 2")
+    x0 = torch.from_numpy(np.stack(rows))
+    return x0.float() if vae else from_uint8(x0), names, torch.tensor(labels)
 
 
 def compare_losses(args):
     """Each checkpoint's loss on the images of --data, and its difference to the first one's."""
+    models = load_models(args)
     kinds = []
+    for path, model in zip(args.ckpt, models):
+        fields = ("input_size", "in_channels", "vae", "prediction")
+        kinds.append({name: getattr(model.config, name) for name in fields})
+        if kinds[-1] != kinds[0]:
+            difference = f"{args.ckpt[0]} is of {kinds[0]}, {path} of {kinds[-1]}"
+            raise ValueError(f"{difference}: their losses cannot be compared")
+    x0, names, labels = read_folder(args.data, models[0].config, args.device)
+    classes = [torch.tensor(pick_classes(names, model.config)) for model in models]
     losses = []
     results = []
-    for path in args.ckpt:
-        model = load_model(find_checkpoint(path), args.device, DTYPES[args.dtype])
-        kinds.append({name: getattr(model.config, name) for name in ("input_size", "in_channels", "vae", "prediction")})
-        if kinds[-1] != kinds[0]:
-            raise ValueError(f"{args.ckpt[0]} is of {kinds[0]}, {path} of {kinds[-1]}: their losses cannot be compared")
-        if not losses:
-            x0, names, labels = read_folder(args.data, model.config, args.device)
-        y = torch.tensor(pick_classes(names, model.config))[labels]
-        losses.append(held_out_losses(model, x0, y))
+    for path, model, rows in zip(args.ckpt, models, classes):
+        losses.append(held_out_losses(model.to(args.device), x0, rows[labels]))
         gap = losses[-1] - losses[0]
-        results.append(report(ckpt=path, images=len(gap), loss=losses[-1].mean(), above_the_first=gap.mean(),
-                              standard_error=gap.std(ddof=1) / len(gap) ** 0.5,
-                              percent=100 * gap.mean() / losses[0].mean()))  # fmt: skip
+        figures = dict(ckpt=path, images=len(gap), loss=losses[-1].mean())
+        figures["above_the_first"] = gap.mean()
+        figures["standard_error"] = gap.std(ddof=1) / len(gap) ** 0.5
+        figures["percent"] = 100 * gap.mean() / losses[0].mean()
+        results.append(report(**figures))
     return results
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     flag = parser.add_argument
     flag("ckpt", nargs="+")
     flag("--data", help="print the held-out loss on the images of this folder")
     flag("--dtype", choices=DTYPES, default="fp32", help="of products with ternary weights")
     flag("--device", choices=DEVICES, default=DEVICES[0], help="for --data")
-    flag("-n", type=int, default=1000, help="samples of each checkpoint (default 1000)")
+    flag("-n", type=number(int, 2), default=1000, help="samples of each (default 1000)")
     flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm")
-    flag("--steps", type=int, default=16)
-    flag("--guidance-interval", type=int, nargs=2, metavar=("LOW", "HIGH"))
-    flag("--seed", type=int, default=0, help="of the samples")
+    flag("--steps", type=number(int, 1, NUM_TIMESTEPS), default=16)
+    flag("--seed", type=number(int, 0, MAX_SEED), default=0, help="of the samples")
     flag("--json", help="also write the figures to this file")
     args = parser.parse_args()
-    if args.data:
-        results = compare_losses(args)
-    else:
-        results = [rate_samples(path, args) for path in args.ckpt]
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    check_json(args.json)
+    results = compare_losses(args) if args.data else rate_samples(args)
+    write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,31 @@
-"""How fast ternary weights are, against dense bf16 ones: one packed layer, whole models, a training step.
+"""How fast ternary weights are, against dense bf16 ones: a layer, whole models, a training step.
 
-    python tests/bench_speed.py             all three parts, on the GPU if there is one, else on the CPU
+    python tests/bench_speed.py             all three parts, on the GPU if there is one
     python tests/bench_speed.py layers      every shape of 600M and 4.2B
-    python tests/bench_speed.py models      600M at 256x256: a guided step and an image; seconds, memory, errors
-    python tests/bench_speed.py training    forward, backward and AdamW with ternary weights, over the same with dense
+    python tests/bench_speed.py models      600M, a guided step, an image: seconds, memory, errors
+    python tests/bench_speed.py training    forward, backward and AdamW, ternary over dense
 
-layers: "ours" is packed_linear, which on a CPU is exact for few rows and else rounds activations to int8; "plain" first
-unpacks the weight to bf16 in memory. models: one set of random weights; packed, with products in int8, bf16 and fp32
-(on a CPU that is what TerDiT's released code does), and dense in bf16. Errors are relative to fp32. Rivals take turns,
-so that a busy machine slows all of them. Times are medians; a ratio is the median, and the quartiles, of all turns.
+layers: "ours" is packed_linear, which on a CPU is exact for few rows and else rounds activations to
+int8; "plain" first unpacks the weight to bf16 in memory. models: one set of random weights; packed,
+with products in int8, bf16 and fp32 (on a CPU that is what TerDiT's released code does), and dense
+in bf16. Errors are relative to fp32. Rivals take turns, so that a busy machine slows all of them.
+Times are medians; a ratio is the median, and the quartiles, of all turns.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import timeit
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +33,22 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import DEVICES, DTYPES, sample_latents  # noqa: E402
-from terdit import SIZES, Config, DiT, GaussianDiffusion, cuda_kernel, in_dtype, launch_kernel  # noqa: E402
-from terdit import pack_ternary, packed_linear, packed_linear_plain, unpack_ternary  # noqa: E402
+from sample import DEVICES, DTYPES, number, run_main, sample_latents  # noqa: E402
+from terdit import NUM_TIMESTEPS, SIZES, Config, DiT, GaussianDiffusion, atomic_write  # noqa: E402
+from terdit import check_writable, cuda_kernel, in_dtype, launch_kernel, pack_ternary  # noqa: E402
+from terdit import packed_linear, packed_linear_plain, unpack_ternary  # noqa: E402
 from tests.baselines import MetaDiT, MetaDiTConfig  # noqa: E402
 
 
 def over(times, base):
     """-> lower quartile, median, upper quartile of times[i] / base[i]."""
-    return tuple(statistics.quantiles([a / b for a, b in zip(times, base)], n=4, method="inclusive"))
+    ratios = [a / b for a, b in zip(times, base)]
+    return tuple(statistics.quantiles(ratios, n=4, method="inclusive"))
 
 
 def take_turns(works, seconds):
-    """Call the works, functions by name that return a time, in turns for so long, at least seven times -> all times."""
+    """Call the works, functions by name that return a time, in turns, at least seven times -> all
+    their times."""
     times = {name: [] for name in works}
     for work in works.values():
         work()  # warms up
@@ -65,13 +72,35 @@ def report(**figures):
     return figures
 
 
+def check_json(path):
+    """OSError now if write_json(path, ...) would fail later. None: nothing is to be written."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+
+
+def write_json(path, results):
+    if path:
+        atomic_write(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+
+
 SHAPES = {  # (N, K): where
-    (1536, 1536): "600M attention", (4096, 1536): "600M w1, w3", (1536, 4096): "600M w2", (9216, 1024): "600M adaLN",
-    (3072, 3072): "4.2B attention", (8192, 3072): "4.2B w1, w3", (3072, 8192): "4.2B w2", (18432, 1024): "4.2B adaLN",
-}  # fmt: skip
+    (1536, 1536): "600M attention",
+    (4096, 1536): "600M w1, w3",
+    (1536, 4096): "600M w2",
+    (9216, 1024): "600M adaLN",
+    (3072, 3072): "4.2B attention",
+    (8192, 3072): "4.2B w1, w3",
+    (3072, 8192): "4.2B w2",
+    (18432, 1024): "4.2B adaLN",
+}
 MODES = ["int8", "bf16", "fp32", "dense"]  # int8 is for CPUs
-CASES = [("tiny", Config(**SIZES["tiny"]), 16), ("600M block", Config(**SIZES["600M"] | dict(n_layers=1)), 4)]
-CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}  # measured bf16 FLOP/s and bytes/s, of SXM boards
+CASES = [  # model, images
+    ("tiny", Config(**SIZES["tiny"]), 16),
+    ("600M block", Config(**SIZES["600M"] | dict(n_layers=1)), 4),
+]
+# Measured bf16 FLOP/s and bytes/s, of SXM boards
+CEILINGS = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.0e12)}
 
 
 def ours(x, weight, alphas, args):
@@ -80,8 +109,23 @@ def ours(x, weight, alphas, args):
     return launch_kernel(cuda_kernel(x.device), x, weight, alphas, None, args.kernel, args.tokens)
 
 
+@lru_cache(maxsize=None)
+def kernel_without_fence():
+    """kernel.cu for Hopper without wgmma's proxy fence: only its time counts, its results may be
+    wrong. The fence may wait for the copies that are on their way; this row shows what it costs."""
+    source = (Path(__file__).resolve().parent.parent / "kernel.cu").read_text()
+    fence = "    show_copies_to_wgmma();\n"
+    assert source.count(fence) == 1, f"kernel.cu should have once {fence!r}"
+    folder = Path(tempfile.mkdtemp())
+    (folder / "kernel.cu").write_text(source.replace(fence, ""))
+    flags = ["-O3", "-std=c++17", "-arch=sm_90a", "-Xcompiler", "-fPIC", "-shared"]
+    library = str(folder / "kernel.so")
+    subprocess.run(["nvcc", *flags, str(folder / "kernel.cu"), "-o", library], check=True)
+    return ctypes.CDLL(library)
+
+
 def check(M, N, K, args):
-    """Exit if the layer is wrong. In x 1 and -1 are so rare that bf16, and int8 too, hold all sums exactly."""
+    """Exit if the layer is wrong. In x 1 and -1 are so rare that bf16 and int8 hold all sums."""
     codes = torch.randint(-1, 2, (N, K), device=args.device)
     kept = torch.rand(M, K, device=args.device) < 24 / K
     x = ((torch.randint(0, 2, (M, K), device=args.device) * 2 - 1) * kept).bfloat16()
@@ -91,7 +135,7 @@ def check(M, N, K, args):
 
 
 def make_clock(calls, device):
-    """-> function that runs all the calls, on a GPU as a CUDA graph, and returns the seconds of one."""
+    """-> function that runs all the calls, on a GPU as a CUDA graph -> seconds of one."""
     calls[0]()  # what is compiled or chosen at the first call cannot be recorded in a graph
     if device == "cpu":
         return partial(timeit.timeit, calls[0], number=1)
@@ -115,18 +159,25 @@ def make_clock(calls, device):
 
 def time_layer(M, N, K, args):
     """-> the times of each rival."""
-    n_bytes = 2.5e8 if args.device == "cuda" else 0  # of a rival's copies of the weight: more than an L2 cache
+    # Bytes of a rival's copies of the weight: more than an L2 cache
+    n_bytes = 2.5e8 if args.device == "cuda" else 0
     alphas = torch.full((1,), 0.02, device=args.device)
     x = torch.randn(M, K, device=args.device).bfloat16()
     x_ours = x.float() if args.device == "cpu" else x  # what a layer gets from the residual stream
     weight = pack_ternary(torch.randint(-1, 2, (N, K), device=args.device))
     packed = [weight.clone() for _ in range(1 + int(n_bytes / (N * K / 4)))]
-    dense = [torch.randn(N, K, device=args.device).bfloat16() for _ in range(1 + int(n_bytes / (N * K * 2)))]
+    n_dense = 1 + int(n_bytes / (N * K * 2))
+    dense = [torch.randn(N, K, device=args.device).bfloat16() for _ in range(n_dense)]
     calls = {
         "ours": [lambda w=w: ours(x_ours, w, alphas, args) for w in packed],
         "dense": [lambda w=w: F.linear(x, w) for w in dense],
-        "plain": [lambda w=w: packed_linear_plain(x, w, alphas, None) for w in packed[: len(dense)]],
+        "plain": [lambda w=w: packed_linear_plain(x, w, alphas, None) for w in packed[:n_dense]],
     }
+    is_hopper = args.device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+    if is_hopper and args.kernel in ("auto", "wgmma") and M > 16:
+        library = kernel_without_fence()
+        rest = (alphas, None, "wgmma", args.tokens)
+        calls["no_fence"] = [lambda w=w: launch_kernel(library, x, w, *rest) for w in packed]
     return take_turns({name: make_clock(calls[name], args.device) for name in calls}, args.seconds)
 
 
@@ -140,18 +191,21 @@ def layers(args):
             check(M, N, K, args)
             times = time_layer(M, N, K, args)
             ours_s = statistics.median(times["ours"])
-            figures = dict(layer=layer, N=N, K=K, M=M, ours_us=1e6 * ours_s,
-                           dense_us=1e6 * statistics.median(times["dense"]),
-                           ours_over_dense=over(times["ours"], times["dense"]),
-                           plain_over_dense=over(times["plain"], times["dense"]))  # fmt: skip
+            figures = dict(layer=layer, N=N, K=K, M=M, ours_us=1e6 * ours_s)
+            figures["dense_us"] = 1e6 * statistics.median(times["dense"])
+            figures["ours_over_dense"] = over(times["ours"], times["dense"])
+            figures["plain_over_dense"] = over(times["plain"], times["dense"])
+            if "no_fence" in times:
+                figures["no_fence_over_ours"] = over(times["no_fence"], times["ours"])
             if ceilings:
                 n_bytes = N * K / 4 + 2 * M * (N + K)  # the packed weight, x and the result
-                figures["share_of_ceiling"] = max(2 * M * N * K / ceilings[0], n_bytes / ceilings[1]) / ours_s
+                least_s = max(2 * M * N * K / ceilings[0], n_bytes / ceilings[1])
+                figures["share_of_ceiling"] = least_s / ours_s
             results.append(report(**figures))
     for M in args.rows:
         medians = [row["ours_over_dense"][1] for row in results if row["M"] == M]
-        print(f"M={M}: ours / dense {statistics.median(medians):.2f} in the median of the shapes, "
-              f"{min(medians):.2f} to {max(medians):.2f}")  # fmt: skip
+        ratio = f"{statistics.median(medians):.2f} in the median of the shapes"
+        print(f"M={M}: ours / dense {ratio}, {min(medians):.2f} to {max(medians):.2f}")
     return results
 
 
@@ -163,16 +217,24 @@ def serve(pipe, make, arguments):
 
 
 def start(make, *arguments):
-    """-> function that has work(job) done in a new process, in which work = make(*arguments). In a process of its own
-    no other model's memory counts, and no memory is reused that another one has freed."""
+    """-> function that has work(job) done in a new process, in which work = make(*arguments). In a
+    process of its own no other model's memory counts, and no memory is reused that another one has
+    freed. OSError: the process has died."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    context.Process(target=serve, args=(theirs, make, arguments), daemon=True).start()
-    theirs.close()  # if the process dies, recv() then raises EOFError; otherwise it would wait for ever
+    main = partial(serve, theirs, make, arguments)
+    process = context.Process(target=run_main, args=(main,), daemon=True)
+    process.start()
+    theirs.close()  # otherwise recv() would wait for ever for a process that has died
 
     def ask(job):
-        pipe.send(job)
-        return pipe.recv()
+        try:
+            pipe.send(job)
+            return pipe.recv()
+        except (EOFError, OSError):
+            process.join()
+            reason = f"exit code {process.exitcode}; -9 is mostly the system, short of memory"
+            raise OSError(f"the process of {arguments!r:.99} has died ({reason})") from None
 
     return ask
 
@@ -184,18 +246,24 @@ def random_model(size, image_size, mode, device):
         if size == "DiT-XL/2":
             model = MetaDiT(MetaDiTConfig(input_size=image_size // 8)).to(torch.bfloat16)
         else:
-            config = Config(**SIZES[size] | dict(input_size=image_size // 8, ternary=mode != "dense"))
-            model = in_dtype(DiT(config, packed=config.ternary), torch.bfloat16 if mode == "dense" else DTYPES[mode])
+            fields = dict(input_size=image_size // 8, ternary=mode != "dense")
+            config = Config(**SIZES[size] | fields)
+            dtype = torch.bfloat16 if mode == "dense" else DTYPES[mode]
+            model = in_dtype(DiT(config, packed=config.ternary), dtype)
     model = model.to_empty(device=device).requires_grad_(False)
     torch.manual_seed(0)
     # A byte holds four codes of 0, 1 or 2. One block of random bytes serves all layers.
-    codes = sum(torch.randint(3, (256, 8192), dtype=torch.uint8, device=device) << shift for shift in (0, 2, 4, 6))
+    codes = torch.randint(3, (4, 256, 8192), dtype=torch.uint8, device=device)
+    codes = sum(codes[i] << 2 * i for i in range(4))
     for name, tensor in model.state_dict().items():
         if name.startswith("layers.") and tensor.ndim == 2:
             is_packed = tensor.dtype == torch.uint8
             n_rows = len(tensor) if is_packed else len(tensor) // 4
             packed = codes.repeat(n_rows // 256 + 1, 1)[:n_rows, : tensor.shape[1]]
-            tensor.copy_(packed if is_packed else unpack_ternary(packed)).mul_(1 if is_packed else 0.02)
+            if is_packed:
+                tensor.copy_(packed)
+            else:
+                tensor.copy_(unpack_ternary(packed)).mul_(0.02)
         elif tensor.ndim > 1:
             tensor.normal_(std=1.0 if "y_embedder" in name else 0.02)  # labels differ
         elif name.endswith("alphas"):
@@ -218,18 +286,20 @@ def guided_step(model, device):
 
 
 def make_model_work(size, image_size, mode, device, steps):
-    """-> function of a job: seconds of a "step" or an "image" of so many steps, "bytes" so far, a step's "output"."""
+    """-> function of a job: seconds of a "step" or an "image" of so many steps, "bytes" so far, a
+    step's "output"."""
     model = random_model(size, image_size, mode, device)
 
     def work(job):
         if job == "bytes":
             tensors = model.state_dict().values()
-            in_memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            in_file = sum(tensor.numel() * (1 if tensor.dtype == torch.uint8 else 4) for tensor in tensors)  # fp32
+            in_memory = sum(z.numel() * z.element_size() for z in tensors)
+            in_file = sum(z.numel() * (1 if z.dtype == torch.uint8 else 4) for z in tensors)  # fp32
             if device == "cuda":
                 peak = torch.cuda.max_memory_allocated()
-            else:  # not resource's ru_maxrss: it begins with the peak of the process that started this one
-                peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+            else:  # not resource's ru_maxrss: it begins with the peak of the parent process
+                status = Path("/proc/self/status").read_text()
+                peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
             return dict(weights=in_memory, file=in_file, peak=peak)
         if job == "output":
             return guided_step(model, device).float().cpu().numpy()
@@ -237,7 +307,8 @@ def make_model_work(size, image_size, mode, device, steps):
         if job == "step":
             guided_step(model, device)
         else:
-            sample_latents(model, torch.tensor([7]), torch.tensor([0]), cfg_scale=4.0, steps=steps, sampler="dpm")
+            y = torch.tensor([7])
+            sample_latents(model, y, torch.tensor([0]), cfg_scale=4.0, steps=steps, sampler="dpm")
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -246,30 +317,37 @@ def make_model_work(size, image_size, mode, device, steps):
 
 
 def models(args):
-    asks = {mode: start(make_model_work, args.size, 256, mode, args.device, args.steps) for mode in args.modes}
+    asks = {}
+    for mode in args.modes:
+        asks[mode] = start(make_model_work, args.size, 256, mode, args.device, args.steps)
     steps = take_turns({mode: partial(ask, "step") for mode, ask in asks.items()}, args.seconds)
     outputs = {mode: ask("output") for mode, ask in asks.items()}
     results = []
     for mode, ask in asks.items():
         image_s = ask("image")
         n_bytes = ask("bytes")
-        figures = dict(size=args.size, mode=mode, step_s=statistics.median(steps[mode]), image_s=image_s,
-                       image_steps=args.steps, weights_mb=n_bytes["weights"] / 1e6, peak_mb=n_bytes["peak"] / 1e6)
+        step_s = statistics.median(steps[mode])
+        figures = dict(size=args.size, mode=mode, step_s=step_s, image_s=image_s)
+        figures["image_steps"] = args.steps
+        figures["weights_mb"] = n_bytes["weights"] / 1e6
+        figures["peak_mb"] = n_bytes["peak"] / 1e6
         if "dense" in args.modes:
             figures["step_over_dense"] = over(steps[mode], steps["dense"])
         if "fp32" in args.modes:
-            figures["error"] = float(np.linalg.norm(outputs[mode] - outputs["fp32"]) / np.linalg.norm(outputs["fp32"]))
+            error = np.linalg.norm(outputs[mode] - outputs["fp32"])
+            figures["error"] = float(error / np.linalg.norm(outputs["fp32"]))
         results.append(report(**figures))
     return results
 
 
 def make_training_work(config, n, bf16, compiled, device):
-    """-> function that trains a model of this config for one step, always on the same n images, and times it."""
+    """-> function that trains a model of this config for one step, always on the same n images, and
+    times it."""
     with torch.device(device):
         model = DiT(config)
         x0 = torch.randn(n, config.in_channels, config.input_size, config.input_size)
         y = torch.randint(config.num_classes, (n,))
-        t = torch.randint(1000, (n,))
+        t = torch.randint(NUM_TIMESTEPS, (n,))
     if compiled:
         for block in model.layers:
             block.compile(dynamic=False)
@@ -279,7 +357,8 @@ def make_training_work(config, n, bf16, compiled, device):
     def work(job):
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = diffusion.training_losses(model, x0, t, y, noise=torch.randn_like(x0))["mse"].mean()
+            losses = diffusion.training_losses(model, x0, t, y, noise=torch.randn_like(x0))
+            loss = losses["mse"].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -295,36 +374,40 @@ def training(args):
     for (name, config, n), bf16, compiled in itertools.product(CASES, (False, True), (False, True)):
         works = {}
         for ternary in (False, True):
-            ask = start(make_training_work, replace(config, ternary=ternary), n, bf16, compiled, args.device)
+            rival = replace(config, ternary=ternary)
+            ask = start(make_training_work, rival, n, bf16, compiled, args.device)
             works[ternary] = partial(ask, "step")
         times = take_turns(works, args.seconds)
-        results.append(report(model=name, images=n, bf16=bf16, compiled=compiled,
-                              dense_s=statistics.median(times[False]),
-                              ternary_over_dense=over(times[True], times[False])))  # fmt: skip
+        figures = dict(model=name, images=n, bf16=bf16, compiled=compiled)
+        figures["dense_s"] = statistics.median(times[False])
+        figures["ternary_over_dense"] = over(times[True], times[False])
+        results.append(report(**figures))
     return results
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     flag = parser.add_argument
     parts = dict(layers=layers, models=models, training=training)
+    count = number(int, 1)
+    modes = MODES if DEVICES == ["cpu"] else MODES[1:]
     flag("part", nargs="?", choices=parts)
     flag("--device", choices=DEVICES, default=DEVICES[0])
-    flag("--seconds", type=float, default=5, help="of each row's turns, of which there are at least seven (default 5)")
-    flag("--rows", type=int, nargs="+", default=[1, 2, 4, 16, 512, 2048], help="layers: M, the rows of x")
+    flag("--seconds", type=number(float, 0), default=5, help="of a row's turns (default 5)")
+    flag("--rows", type=count, nargs="+", default=[1, 2, 4, 16, 512, 2048], help="layers: M of x")
     flag("--kernel", default="auto", help="layers on a GPU: naive, small_batch, mma or wgmma")
     flag("--tokens", type=int, default=0, help="layers on a GPU: of a thread block's tile")
     flag("--size", choices=SIZES, default="600M", help="models")
-    flag("--modes", nargs="+", choices=MODES, default=MODES if DEVICES == ["cpu"] else MODES[1:], help="models")
-    flag("--steps", type=int, default=16, help="models: of DPM-Solver++, for an image")
+    flag("--modes", nargs="+", choices=MODES, default=modes, help="models")
+    flag("--steps", type=number(int, 1, NUM_TIMESTEPS), default=16, help="models: of an image, dpm")
     flag("--json", help="also write the figures to this file")
     args = parser.parse_args()
+    check_json(args.json)
     print(f"{torch.get_num_threads()} threads, {args.device}, torch {torch.__version__}")
     results = {name: part(args) for name, part in parts.items() if args.part in (None, name)}
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(results, indent=1))
+    write_json(args.json, results)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

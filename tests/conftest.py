@@ -1,4 +1,4 @@
-"""What all tests share: the modules of the repository's root can be imported, and every test starts from seed 0."""
+"""What all tests share: the modules of the root can be imported, and each test starts at seed 0."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""What several test files share: a small model, released folders, and training runs that take a second."""
+"""What test files share: a small model, released folders, and training that takes a second."""
 
 import csv
 import signal
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,22 +9,33 @@ import torch
 from PIL import Image
 
 import train
-from terdit import SIZES, Config, DiT, read_checkpoint
+from terdit import SIZES, Config, DiT, pack_model, read_checkpoint, save_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
-RELEASED = {"terdit": GOLDEN / "terdit/tiny", "large": GOLDEN / "large/tiny"}  # folders in upstream's format
+RELEASED = {"terdit": GOLDEN / "terdit/tiny", "large": GOLDEN / "large/tiny"}  # upstream's format
 
-SMALL = dict(input_size=8, patch_size=2, in_channels=3, dim=32, n_layers=2, n_heads=4, multiple_of=16, num_classes=5)
+SMALL = dict(input_size=8, patch_size=2, in_channels=3, dim=32, n_layers=2, n_heads=4)
+SMALL |= dict(multiple_of=16, num_classes=5)
 
 
 def awake(model):
-    """Give every parameter a value that matters: a fresh model's blocks are the identity and its output is 0."""
+    """Give every parameter a value that matters. A fresh model's blocks change nothing, and its
+    output is 0."""
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
         else:
             torch.nn.init.uniform_(p, 0.1, 0.5)
     return model.eval()
+
+
+def save_model(path, seed=0, **changes):
+    """A checkpoint of SMALL, with changes, whose outputs are not 0; packed if it is ternary."""
+    torch.manual_seed(seed)
+    model = awake(DiT(Config(**SMALL | changes)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, pack_model(model) if model.config.ternary else model)
+    return path
 
 
 def same(a, b):
@@ -53,18 +63,18 @@ def shorten(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def short_training(monkeypatch):
-    """For every test of a file that imports this: shorten, and give the test runner its signal handlers back."""
+    """For each test of a file that imports this: shorten, and restore pytest's signal handlers."""
     shorten(monkeypatch)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for s in handlers:
-        signal.signal(s, signal.SIG_DFL)  # some are ignored where the tests themselves run under nohup, or with &
+        signal.signal(s, signal.SIG_DFL)  # some are ignored if the tests run under nohup, or with &
     yield
     for s, handler in handlers.items():
         signal.signal(s, handler)
 
 
 def run(out, *flags, image_size=8):
-    """Run train.py into the folder `out` -> the state that it leaves there, as load_run gives it."""
+    """Run train.py into the folder `out` -> the state that it leaves there, see load_run."""
     arguments = "--batch 4 --grid 0 --dtype fp32 --device cpu".split()
     if image_size:
         arguments += ["--image-size", str(image_size)]
@@ -73,19 +83,20 @@ def run(out, *flags, image_size=8):
 
 
 def load_run(out):
-    """The newest state of a run folder as one dict: its settings and its model's Config, `step`, and `tensors`."""
+    """The newest state of a run folder: its settings, and `step`, `config` and `tensors`."""
     state = read_checkpoint(train.states(out)[-1], "a state")
-    return state["run"] | dict(step=state["step"], tensors=state["tensors"])
+    return state["settings"] | {name: state[name] for name in ("step", "config", "tensors")}
 
 
 def weights(state, kind):
-    """The state dict of the model that is trained (kind "model") or of the averaged one ("ema")."""
-    return {k.removeprefix(f"{kind}."): v for k, v in state["tensors"].items() if k.startswith(f"{kind}.")}
+    """The weights of the trained model (kind "model") or of the averaged one ("ema")."""
+    tensors = state["tensors"].items()
+    return {k.removeprefix(f"{kind}."): v for k, v in tensors if k.startswith(f"{kind}.")}
 
 
 def model_of(state, kind):
     """The DiT with these weights."""
-    model = DiT(Config(**{f.name: state[f.name] for f in fields(Config)}))
+    model = DiT(Config(**state["config"]))
     model.load_state_dict(weights(state, kind))
     return model
 

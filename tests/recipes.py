@@ -1,22 +1,25 @@
-"""What a full-precision start and a teacher are worth: a study by held-out loss, on the embedded digits.
+"""What a full-precision start and a teacher are worth: a study by held-out loss, on the digits.
 
-    python tests/recipes.py             all recipes, seeds 0, 1, 2; one training a core, hours; a stopped study goes on
-    python tests/recipes.py --quick     one seed, size tiny, a fifth of the steps: minutes, to see that it works
-    python tests/recipes.py --table     only the table and the plot, of what is there
+    python tests/recipes.py             all recipes, seeds 0, 1, 2: hours; a stopped study goes on
+    python tests/recipes.py --quick     one seed, size tiny, a fifth of the steps: minutes
+    python tests/recipes.py train --teacher FULL ...    one run of train.py, with a teacher
 
-Every recipe is train.py with other flags. It leaves runs/recipes/SIZE/NAME-seedN: the checkpoint, its losses and
-samples. The table goes to runs/recipes/recipes.md, the plot to recipes.png.
+Every recipe is train.py with other flags, some with a teacher: the mean square between its outputs
+and the model's is added to the loss of training, and to log.csv's `loss`, but not to `val_loss`. A
+run's state does not know the teacher: only the same command goes on with it.
 
-The judge is the *paired held-out loss* (bench_quality.py's held_out_losses): the square error of v on 2,048 digits that
-nobody learned from. All models see the same noise at the same timesteps. A model's loss depends far more on the digit
-and the noise than on the model, and these parts cancel in the difference of two models on the same digits. So two
-models can be told apart whose toy FIDs are the same to their error. The toy FID of 500 samples stands beside it.
+A recipe leaves runs/recipes/SIZE/NAME-seedN: the checkpoint, its losses and samples. The table goes
+to runs/recipes/recipes.md.
 
-Each difference has the standard error over the seeds; of three seeds, 95% lie within 4.3 standard errors.
+The judge is the *paired held-out loss* (bench_quality.py): the square error of v on 2,048 digits
+that nobody learned from, with the same noise for all models. A model's loss depends far more on the
+digit and the noise than on the model, and these parts cancel in the difference of two models. So
+two models can be told apart whose toy FIDs are the same to their error. Each difference has the
+standard error over the seeds; of three seeds, 95% lie within 4.3 standard errors.
 
-What the study does not say: what helps a model of 3 million weights in a thousand steps can be useless or harmful to a
-large one. The rates are chosen on the digits that then judge them. The reference has 4,500 steps for tiny and 1,500 for
-small, which is not yet fully trained.
+What the study does not say: what helps a model of 3 million weights in a thousand steps can be
+useless or harmful to a large one. The rates are chosen on the digits that then judge them. The
+reference has 4,500 steps for tiny and 1,500 for small, which is not yet fully trained.
 """
 
 import argparse
@@ -32,10 +35,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sample import find_checkpoint, run_main  # noqa: E402
+import train  # noqa: E402
+from sample import MAX_SEED, find_checkpoint, number, require_same, run_main  # noqa: E402
 from terdit import load_model  # noqa: E402
 from tests.bench_quality import draw, exam_of, held_out_losses  # noqa: E402
-from tests.paper import Panel, plot, publish  # noqa: E402
+from tests.paper import publish  # noqa: E402
 from train import digits  # noqa: E402
 
 CLASSES = torch.arange(500) % 10  # of the samples for the toy FID
@@ -47,7 +51,7 @@ class Recipe:
     name: str
     title: str
     steps: int
-    flags: str = ""  # of train.py; FULL stands for the full-precision checkpoint of the same size and seed
+    flags: str = ""  # of train.py; FULL is the full-precision checkpoint of the same size and seed
 
 
 START = "--init FULL --lr 2e-3"  # half of the rate of training from scratch
@@ -73,7 +77,7 @@ STUDIES = {"tiny": [*SHORT, *LONG], "small": SHORT}  # --quick takes SHORT
 
 
 def total_steps(recipe, size):
-    """Training steps of all models together; one of the teacher's is a forward pass, about a third of a step."""
+    """Training steps of all models together; a forward pass of the teacher is a third of a step."""
     total = recipe.steps
     if "FULL" in recipe.flags:
         total += REFERENCES[size].steps
@@ -82,12 +86,46 @@ def total_steps(recipe, size):
     return total
 
 
+def add_teacher(path):
+    """Add the teacher's term to the loss of every step of training."""
+    teacher = load_model(find_checkpoint(path))
+    batch_losses = train.batch_losses
+    outputs = ("prediction", "learn_sigma", "in_channels", "input_size", "class_names")
+
+    def losses_with_teacher(run, model, batch):
+        if model is not run.model:  # validation, of the average
+            return batch_losses(run, model, batch)
+        ours = {name: getattr(model.config, name) for name in outputs}
+        require_same(f"--teacher {path}", vars(teacher.config), ours, "it cannot teach this model")
+        teacher.to(batch.x0.device)
+        distill = []
+
+        def model_and_teacher(x, t, y):
+            out = model(x, t, y)
+            with torch.no_grad():
+                wanted = teacher(x, t, y)
+            distill.append((wanted.float() - out.float()).square().flatten(1).mean(1))
+            return out
+
+        return batch_losses(run, model_and_teacher, batch) + distill[0]
+
+    train.batch_losses = losses_with_teacher
+
+
+def train_with_teacher(argv):
+    parser = argparse.ArgumentParser(prog="recipes.py train", allow_abbrev=False)
+    parser.add_argument("--teacher", required=True, help="its checkpoint; all else is train.py's")
+    args, flags = parser.parse_known_args(argv)
+    add_teacher(args.teacher)
+    train.main(flags)
+
+
 def folder_of(args, size, recipe, seed):
     return args.out / size / f"{recipe.name}-seed{seed}"
 
 
 def train_and_judge(args, size, recipe, seed):
-    """Train a recipe by train.py on one thread; its output goes to log.txt. Then leave losses and samples beside it."""
+    """Train a recipe on one thread, its output in log.txt. Then leave losses and samples there."""
     out = folder_of(args, size, recipe, seed)
     if (out / RESULTS).is_file():
         return
@@ -96,17 +134,20 @@ def train_and_judge(args, size, recipe, seed):
     flags = [str(full) if flag == "FULL" else flag for flag in recipe.flags.split()]
     if "--init" not in flags:
         flags += ["--size", size]
-    command = [sys.executable, ROOT / "train.py", "--compile", "--grid", "0", "--seed", str(seed),
-               "--steps", str(recipe.steps // args.divisor), "--out", out, *flags]  # fmt: skip
+    program = [__file__, "train"] if "--teacher" in flags else [ROOT / "train.py"]
+    steps = recipe.steps // args.divisor
+    flags += f"--compile --grid 0 --seed {seed} --steps {steps}".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(out / "log.txt", "a") as log:
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        command = [sys.executable, *program, "--out", out, *flags]
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log)
     if done.returncode:
         raise ValueError(f"{out}: the training failed, see log.txt there")
     model = load_model(find_checkpoint(out))
     losses = held_out_losses(model, *digits(2048, model.config.input_size, 5000))
     np.savez(out / RESULTS, losses=losses, samples=draw(model, CLASSES, seed=seed, steps=8).numpy())
     print(f"{out}: held-out loss {losses.mean():.4f}", flush=True)
-    for state in out.glob("state-*.pt"):
+    for state in train.states(out):
         state.unlink()  # tens of megabytes
 
 
@@ -114,72 +155,64 @@ def run_study(args):
     """Train what is missing, the references first."""
     torch.set_num_threads(1)
     for study in ({size: [REFERENCES[size]] for size in args.sizes}, args.studies):
-        jobs = [(size, recipe, seed) for seed in args.seeds for size in args.sizes for recipe in study[size]]
         with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(train_and_judge, args, *job) for job in jobs]
+            futures = []
+            for seed in args.seeds:
+                for size in args.sizes:
+                    for recipe in study[size]:
+                        futures.append(pool.submit(train_and_judge, args, size, recipe, seed))
             try:
                 for future in futures:
                     future.result()
-            finally:  # after Ctrl-C no further training starts; those that run save their state and end
+            finally:  # after Ctrl-C none starts any more; those that run save their state and end
                 pool.shutdown(cancel_futures=True)
 
 
 def read_results(args, size, recipe):
-    """Seed: what its training left."""
-    paths = {seed: folder_of(args, size, recipe, seed) / RESULTS for seed in args.seeds}
-    return {seed: np.load(path) for seed, path in paths.items() if path.is_file()}
+    """What the training left, by seed."""
+    return [np.load(folder_of(args, size, recipe, seed) / RESULTS) for seed in args.seeds]
 
 
 def report(args):
-    """Print the table of what is trained: how much higher the loss is than full precision's, of the same seed. Leave it
-    with the plot in --out."""
+    """Print the table: how much higher the loss is than full precision's, of the same seed."""
     rows = []
-    points = {}
     for size in args.sizes:
         reference = read_results(args, size, REFERENCES[size])
+        references = np.array([result["losses"] for result in reference])
         for recipe in (REFERENCES[size], *args.studies[size]):
             found = read_results(args, size, recipe)
-            pairs = [(found[seed]["losses"], reference[seed]["losses"]) for seed in found if seed in reference]
-            gaps = [losses - references for losses, references in pairs]
-            if not gaps:
-                continue
-            of_seeds = [gap.mean() for gap in gaps]
-            values = of_seeds if len(of_seeds) > 1 else gaps[0]  # with one seed, the error is that over the digits
+            losses = np.array([result["losses"] for result in found])
+            gaps = losses - references  # (seeds, digits)
+            of_seeds = gaps.mean(1)
+            values = of_seeds if len(found) > 1 else gaps[0]
             error = np.std(values, ddof=1) / len(values) ** 0.5
-            loss, reference_loss = np.mean(pairs, axis=(0, 2))
-            percent = 100 * np.mean(of_seeds) / reference_loss
+            percent = 100 * gaps.mean() / references.mean()
             fids = []
-            for result in found.values():
+            for result in found:
                 x = torch.from_numpy(result["samples"])
                 fids.append(f"{exam_of(x.shape[-1]).quality(x, CLASSES)['fid']:.2f}")
             steps = recipe.steps // args.divisor
             all_steps = total_steps(recipe, size) / args.divisor
-            rows.append([size, recipe.title, f"{steps:,}", f"{all_steps:,.0f}", f"{loss:.4f}",
-                         f"{np.mean(of_seeds):+.4f} +- {error:.4f} ({percent:+.1f}%)",
-                         ", ".join(f"{gap:+.4f}" for gap in of_seeds), ", ".join(fids)])  # fmt: skip
-            if size == "tiny" and recipe.name != "full":
-                points.setdefault(recipe.title, []).append((steps, all_steps, np.mean(of_seeds)))
-    if not rows:
-        raise ValueError(f"{args.out} holds no results")
-    columns = ["size", "recipe", "steps", "steps of all models", "held-out loss", "above full precision", "by seed",
-               "toy FID by seed"]  # fmt: skip
+            row = [size, recipe.title, f"{steps:,}", f"{all_steps:,.0f}", f"{losses.mean():.4f}"]
+            row.append(f"{gaps.mean():+.4f} +- {error:.4f} ({percent:+.1f}%)")
+            rows.append([*row, ", ".join(f"{gap:+.4f}" for gap in of_seeds), ", ".join(fids)])
+    columns = ["size", "recipe", "steps", "steps of all models", "held-out loss"]
+    columns += ["above full precision", "by seed", "toy FID by seed"]
     publish(args.out, "recipes", "Training recipes", columns, rows, rows)
-    panels = []
-    for i, label in enumerate(("steps of the student", "steps of all models")):
-        lines = {name: ([point[i] for point in line], [gap for *_, gap in line]) for name, line in points.items()}
-        panels.append(Panel("held-out loss above full precision's", label, lines, log=False))
-    if points:
-        plot(panels).save(args.out / "recipes.png")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if sys.argv[1:2] == ["train"]:
+        train_with_teacher(sys.argv[2:])
+        return
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     flag = parser.add_argument
+    jobs = os.cpu_count()
     flag("--quick", action="store_true", help="seed 0, size tiny, a fifth of the steps")
-    flag("--table", action="store_true", help="train nothing")
-    flag("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flag("--seeds", type=number(int, 0, MAX_SEED), nargs="+", default=[0, 1, 2])
     flag("--sizes", nargs="+", choices=STUDIES, default=list(STUDIES))
-    flag("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, each on one thread")
+    flag("--jobs", type=number(int, 1), default=jobs, help="trainings at a time, of one thread")
     flag("--out", type=Path, help="default runs/recipes, with --quick runs/recipes-quick")
     args = parser.parse_args()
     args.out = args.out or Path("runs/recipes-quick" if args.quick else "runs/recipes")
@@ -190,8 +223,7 @@ def main():
         args.divisor = 5
         args.seeds = [0]
         args.sizes = ["tiny"]
-    if not args.table:
-        run_study(args)
+    run_study(args)
     report(args)
 
 

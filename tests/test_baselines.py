@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from terdit import Config, DiT, TernaryLinear
-from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, MetaDiT, MetaDiTConfig, load_any, quantize_model
-from tests.baselines import reconstruct, round_to_nearest, ternary_absmean, ternary_least_squares
+from tests.baselines import QUANTIZERS, RECONSTRUCTIONS, MetaDiT, MetaDiTConfig, load_any
+from tests.baselines import quantize_model, reconstruct, round_to_nearest, ternary_absmean
+from tests.baselines import ternary_least_squares
 from tests.helpers import SMALL, awake
 
 
 def test_ternary_by_hand():
-    # mean|W| = 0.5: codes 1, 0, 1, -1; least squares: (0.75 + 0.5 + 0.625) / 3 = 0.625. Both scales are exact in fp16.
+    # mean|W| = 0.5: codes 1, 0, 1, -1; least squares: (0.75 + 0.5 + 0.625) / 3 = 0.625. Both scales
+    # are exact in fp16.
     w = torch.tensor([[0.75, -0.125], [0.5, -0.625]])
     for quantize, alpha in ((ternary_absmean, 0.5), (ternary_least_squares, 0.625)):
         got, bits = quantize(w)
@@ -25,18 +27,19 @@ def test_rounding_by_hand():
     got, bits = round_to_nearest(w)
     assert got.tolist() == [[-1, 2, 0, 1], [0, 3, 1, 3], [-2, 4, 0, 4]]
     assert bits == 2 + 18 / 4
-    # In groups of 2 along K: two weights each at the ends of their range. 0.4..0.6 is widened to 0..0.6, step 0.2.
+    # In groups of 2 along K: two weights each at the ends of their range. 0.4..0.6 is widened to
+    # 0..0.6, step 0.2.
     got, bits = round_to_nearest(w[:1], group=2)
     torch.testing.assert_close(got, w[:1], atol=2e-4, rtol=0)
     assert bits == 2 + 18 / 2
 
 
 def test_reconstruction_by_hand():
-    """Two inputs that are always equal: only the sum of their weights counts, and the second makes up for the first.
+    """Two inputs that are always equal: only the sum of their weights counts, 1.4 + 1.4 = 2.8.
 
-    The levels are 0, 1, 2 and 3: the row's last weight, whose input is independent, sets the range. The sum is
-    1.4 + 1.4 = 2.8. Rounding makes 1 + 1 of it. Here the first weight is rounded to 1, which moves the second to about
-    1.8, and that is rounded to 2.
+    The levels are 0, 1, 2 and 3: the row's last weight, whose input is independent, sets the range.
+    Rounding makes 1 + 1 of the sum. Here the first weight is rounded to 1, which moves the second
+    to about 1.8, and that is rounded to 2.
     """
     x = torch.tensor([[1.0, 1, 0], [-1, -1, 0], [0, 0, 1], [0, 0, -1]])
     w = torch.tensor([[1.4, 1.4, 3.0]])
@@ -47,21 +50,22 @@ def test_reconstruction_by_hand():
 @torch.no_grad()
 @pytest.mark.parametrize("method", QUANTIZERS | RECONSTRUCTIONS)
 def test_quantize_model(method):
-    """What TerDiT makes ternary is quantized, to at most four levels a row and group, and nothing else."""
+    """What TerDiT makes ternary is quantized, to at most four levels a row and group, no more."""
     model = awake(DiT(Config(**SMALL, ternary=False, adaln_norm=False)))
     inputs = (torch.randn(8, 3, 8, 8), torch.full((8,), 300), torch.arange(8) % 6)
     small = quantize_model(model, method, lambda model: model(*inputs))
     before = model.state_dict()
-    changed = {name for name, value in small.state_dict().items() if not torch.equal(value, before[name])}
-    ternary = {f"{name}.weight" for name, module in DiT(Config(**SMALL)).named_modules()
-               if isinstance(module, TernaryLinear)}
+    after = small.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    modules = DiT(Config(**SMALL)).named_modules()
+    ternary = {f"{name}.weight" for name, m in modules if isinstance(m, TernaryLinear)}
     assert changed == ternary and 2 < small.bits_per_weight < 2.6
-    assert all(len(row[:32].unique()) <= 4 for name in changed for row in small.state_dict()[name])
+    assert all(len(row[:32].unique()) <= 4 for name in changed for row in after[name])
 
 
 @torch.no_grad()
 def test_metas_dit(tmp_path):
-    """Its file is read, and it puts out what it did when it was compared with a transcription of DiT's formulas."""
+    """Its file is read, and its outputs are those that agreed with a transcription of DiT."""
     model = MetaDiT(MetaDiTConfig(input_size=6, dim=128, n_layers=2, n_heads=2, num_classes=5))
     rng = np.random.default_rng(0)
     for name, value in sorted(model.state_dict().items()):
@@ -70,10 +74,14 @@ def test_metas_dit(tmp_path):
     torch.save(model.state_dict(), tmp_path / "dit.pt")
     x = torch.from_numpy(rng.standard_normal((2, 4, 6, 6))).float()
     out = load_any(tmp_path / "dit.pt")(x, torch.tensor([17.0, 500.5]), torch.tensor([3, 5]))
-    want = [-0.40325, -0.15558, -0.92952, -0.95536, -1.03388, 0.9968, 1.5173, -0.29861, 0.00035, 0.91805, -1.54167,
-            -0.14906, 0.14293, -1.13274, 0.39664, 0.46306, 0.86535, -1.17222, -1.08617, 0.22651, -1.39721, -0.51189,
-            0.4364, -0.73255]
-    torch.testing.assert_close(out[:, ::3, ::5, ::5].flatten(), torch.tensor(want), atol=1e-4, rtol=0)
+    want = """
+        -0.40325 -0.15558 -0.92952 -0.95536 -1.03388 0.9968 1.5173 -0.29861 0.00035 0.91805
+        -1.54167 -0.14906 0.14293 -1.13274 0.39664 0.46306 0.86535 -1.17222 -1.08617 0.22651
+        -1.39721 -0.51189 0.4364 -0.73255
+    """
+    want = torch.tensor([float(number) for number in want.split()])
+    torch.testing.assert_close(out[:, ::3, ::5, ::5].flatten(), want, atol=1e-4, rtol=0)
     with torch.device("meta"):
         released = MetaDiT(MetaDiTConfig())
-    assert sum(p.numel() for p in released.parameters()) == 675_129_632  # as DiT's training log says of DiT-XL/2
+    n_parameters = sum(p.numel() for p in released.parameters())
+    assert n_parameters == 675_129_632  # as DiT's training log says of DiT-XL/2

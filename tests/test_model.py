@@ -10,14 +10,11 @@ from tests.helpers import SMALL, awake
 @pytest.mark.parametrize("size", SIZES)
 def test_output_has_the_shape_of_the_input(size):
     config = Config(**SIZES[size])
-    channels = config.in_channels
-    pixels = config.input_size
     with torch.device("meta"):  # shapes alone, no memory
-        model = DiT(config)
-        out = model(torch.empty(2, channels, pixels, pixels), torch.empty(2), torch.empty(2, dtype=torch.long))
-    if config.learn_sigma:
-        channels *= 2
-    assert out.shape == (2, channels, pixels, pixels)
+        x = torch.empty(2, config.in_channels, config.input_size, config.input_size)
+        out = DiT(config)(x, torch.empty(2), torch.empty(2, dtype=torch.long))
+    channels = config.in_channels * (2 if config.learn_sigma else 1)
+    assert out.shape == (2, channels, *x.shape[2:])
 
 
 @torch.no_grad()
@@ -34,7 +31,7 @@ def test_unpatchify_puts_pixels_back():
 
 @pytest.mark.parametrize("ternary", [True, False])
 def test_training_starts_from_the_identity(ternary):
-    """adaLN-Zero: every block passes its input on, the output is 0, and gradients reach the gates at once."""
+    """adaLN-Zero: blocks pass their input on, the output is 0, gradients reach the gates."""
     model = DiT(Config(**SMALL, ternary=ternary, adaln_norm=ternary))
     h = torch.randn(2, 16, 32)
     c = torch.randn(2, 32)
@@ -56,10 +53,19 @@ def test_alphas_start_at_mean_abs():
     assert 0.2 < (ternarize(layer.weight) == 0).double().mean() < 0.4
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{}, dict(qk_norm=True, adaln_norm=False), dict(ternary=False, adaln_norm=False), dict(pos_embed=True)],
-)
+def test_alphas_may_start_at_random():
+    """Drawn from N(0, 1), as upstream's code does: some are negative, and all else is unchanged."""
+    model = DiT(Config(**SMALL | dict(n_layers=20), alpha_start="random"))
+    alphas = torch.cat([p for name, p in model.named_parameters() if name.endswith("alphas")])
+    assert alphas.mean().abs() < 0.3
+    assert 0.8 < alphas.std() < 1.2
+
+
+@pytest.mark.parametrize("change", [
+    dict(pos_embed=True),
+    dict(qk_norm=True, adaln_norm=False),
+    dict(ternary=False, adaln_norm=False),
+])
 def test_gradients_reach_every_parameter(change):
     """A parameter that no gradient reaches stays as it is, and nothing else would show it."""
     model = awake(DiT(Config(**SMALL | change)))
@@ -83,8 +89,8 @@ def test_guidance_moves_away_from_the_null_class():
     assert not torch.allclose(cond, uncond)
 
     def guided(scale, channels=None):
-        both = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), scale, channels)
-        return both[:2]
+        twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
+        return model.forward_with_cfg(*twice, scale, channels)[:2]
 
     torch.testing.assert_close(guided(1.0), cond)
     torch.testing.assert_close(guided(0.0)[:, :3], uncond[:, :3])
@@ -103,14 +109,13 @@ def test_images_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(model(x, t, y), alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(n_heads=5), "n_heads=5"),
-        (dict(input_size=9), "image size 9 is not a multiple of the patch size 2"),
-        (dict(prediction="x0"), "'eps' or 'v'"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (dict(n_heads=5), "n_heads=5"),
+    (dict(n_heads=-4), "n_heads=-4"),
+    (dict(alpha_start="zero"), "'absmean' or 'random'"),
+    (dict(input_size=9), "image size 9 is not a multiple of the patch size 2"),
+    (dict(prediction="x0"), "'eps' or 'v'"),
+])
 def test_config_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         Config(**SMALL | change)

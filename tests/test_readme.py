@@ -18,14 +18,15 @@ FORMS = [
     rf"{NAME} \((?:\[|`)?{FILE}",  # `name` (file)
     rf"{FILE}`?'s\s+{NAME}",  # file's `name`
 ]
-NAMES_WITH_FILE = sorted({(m["name"], m["file"]) for form in FORMS for m in re.finditer(form, README)})
+MATCHES = [match for form in FORMS for match in re.finditer(form, README)]
+NAMES_WITH_FILE = sorted({(match["name"], match["file"]) for match in MATCHES})
 RELATIVE_LINKS = sorted(set(re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", README)))
-TEST_COMMANDS = re.findall(r"`pytest ([^`]+)`", " ".join(README.split()))  # some are broken over two lines
+TEST_COMMANDS = re.findall(r"`pytest ([^`]+)`", " ".join(README.split()))
 
 
 @lru_cache(maxsize=None)
 def defined_names(file):
-    """Functions, classes and their methods, and variables of a .py file; in a .cu file what comes before ( { or =."""
+    """Functions, classes, methods, variables of a .py file; words before ( { = of a .cu file."""
     text = (ROOT / file).read_text()
     if file.endswith(".cu"):
         return set(re.findall(r"\b(\w+)(?:\[\])?\s*[({=]", text))
