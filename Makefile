@@ -1,17 +1,22 @@
 # make demo PYTHON=python3 uses an existing environment instead of a local .venv
 VENV = .venv/bin/python
 PYTHON = $(VENV)
-TOO_OLD = import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
+TOO_OLD = import sys; sys.version_info < (3, 10) and \
+	sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
 
 help:
-	@echo "make demo         train, pack and sample on a CPU in minutes: runs/demo/packed.pt and grid.png"
+	@echo "make demo         train, pack and sample on a CPU in minutes: packed.pt, grid.png"
 	@echo "make test         run the tests"
-	@echo "make kernel-test  after a change to kernel.cu: run it without a GPU, compile it for sm_80 and sm_90a"
+	@echo "make kernel-test  after a change to kernel.cu: run it without a GPU, compile it for GPUs"
+	@echo "make kernel-audit     its races, bank conflicts and unused sectors by line, without a GPU"
+	@echo "make kernel-mistakes  plant mistakes in kernel.cu: does the audit name each of them?"
 	@echo "make bench-gpu    on a GPU: check kernel.cu, then time it and whole models"
 	@echo "make bench        print the figures of README's results again"
 	@echo "make paper        the paper's figures and tables, small: runs/paper/results.md and PNGs;"
 	@echo "                  alone: make fig1, fig2, fig4, table1, table2; make compare A=CKPT B=CKPT"
-	@echo "make recipes      from scratch, or from full precision with a teacher: hours; QUICK=1 for minutes"
+	@echo "make recipes      from scratch, or full precision and a teacher: hours; QUICK=1: minutes"
+	@echo "make norm         what the RMS Norm after adaLN is worth: hours"
+	@echo "make pictures     a demo run's curves, its samples on the way, a digit that appears"
 	@echo "make install      only make the local environment, .venv"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "PYTHON=python3 after any of them uses your own environment"
@@ -37,18 +42,29 @@ test: ready
 kernel-test: ready
 	"$(PYTHON)" -m pytest -q tests/test_kernel.py
 
+kernel-audit: ready
+	"$(PYTHON)" tests/kernel_audit.py
+
+kernel-mistakes: ready
+	ALL_MISTAKES=1 "$(PYTHON)" -m pytest -v tests/test_kernel.py -k audit_names
+
 bench: ready
 	"$(PYTHON)" tests/bench_speed.py --json runs/bench_speed.json
 	"$(PYTHON)" tests/paper.py fig1  # trains the two that come next, where they are missing
-	"$(PYTHON)" tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt --json runs/bench_quality.json
+	"$(PYTHON)" tests/bench_quality.py runs/demo/packed.pt runs/demo-full/full.pt \
+		--json runs/bench_quality.json
 	"$(PYTHON)" tests/bench_quality.py runs/demo/packed.pt --dtype int8
 	"$(PYTHON)" tests/bench_quality.py runs/demo/packed.pt --sampler ddpm --steps 25
 
+SANITIZER = compute-sanitizer --error-exitcode 1
+TEST_GPU = "$(PYTHON)" -m pytest -q tests/test_kernel.py -k
+
 bench-gpu: ready
-	"$(PYTHON)" -m pytest -q tests/test_kernel.py -k gpu
-	-compute-sanitizer --tool memcheck --error-exitcode 1 "$(PYTHON)" -m pytest -q tests/test_kernel.py -k "gpu and small"
-	-compute-sanitizer --tool racecheck --error-exitcode 1 "$(PYTHON)" -m pytest -q tests/test_kernel.py -k "gpu and small"
-	"$(PYTHON)" tests/bench_speed.py layers --json runs/bench_layers_gpu.json
+	$(TEST_GPU) "gpu"
+	-$(SANITIZER) --tool memcheck $(TEST_GPU) "gpu and small"
+	-$(SANITIZER) --tool racecheck $(TEST_GPU) "gpu and small"
+	"$(PYTHON)" tests/bench_speed.py layers --rows 1 2 4 16 512 2048 4096 \
+		--json runs/bench_layers_gpu.json
 	"$(PYTHON)" tests/bench_speed.py models --json runs/bench_models_gpu.json
 
 # SEEDS="0 1 2" gives fig2 and table1 as medians and ranges, of models trained from each.
@@ -61,7 +77,15 @@ compare: ready
 recipes: ready
 	"$(PYTHON)" tests/recipes.py $(if $(QUICK),--quick)
 
+norm: ready
+	"$(PYTHON)" tests/norm.py
+
+pictures: ready
+	"$(PYTHON)" train.py --compile --save-every 500 --out runs/pictures
+	"$(PYTHON)" tests/pictures.py runs/pictures
+
 clean:
 	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__
 
-.PHONY: help install ready demo test kernel-test bench bench-gpu paper fig1 fig2 fig4 table1 table2 compare recipes clean
+.PHONY: help install ready demo test kernel-test kernel-audit kernel-mistakes bench bench-gpu \
+	paper fig1 fig2 fig4 table1 table2 compare recipes norm pictures clean
