@@ -319,9 +319,11 @@ def sample_npz(out, draw_images, labels, settings):
 
     n_drawn = 0
     for mine in (starts[launch.rank :: launch.world], starts[::-1]):
-        drawn = [int(name[:9]) for name in os.listdir(part) if name.endswith(".npy")]
-        n_missing = len(mine) - len(set(drawn).intersection(mine))
-        progress = Progress(min(n_missing * batch, n))
+        drawn = [int(path.stem) for path in part.glob("*.npy") if path.stem.isdecimal()]
+        n_missing = batch * (len(mine) - sum(start in mine for start in drawn))
+        if starts[-1] in mine and starts[-1] not in drawn:
+            n_missing -= batch * len(starts) - n  # the last batch may be smaller
+        progress = Progress(n_missing)
         for start in mine:
             if path_of(start).exists():
                 continue
