@@ -164,13 +164,16 @@ def list_images(folder, out=None):
         raise ValueError(f"--data {folder}: no such folder")
     seen = {out}
     folders = [folder]
-    links = []  # to folders
+    links = []  # depth of the folder that a link leads to, the link
     images = []  # path within the folder, name of its class
     broken = []  # classes of links that lead to nothing
     n_unused = 0
     while folders or links:
-        links.sort(key=lambda path: len(path.resolve().parts))
-        here = folders.pop() if folders else links.pop()  # that to the innermost folder first
+        if folders:
+            here = folders.pop()
+        else:
+            links.sort()
+            _, here = links.pop()  # to the innermost folder first: it knows the class best
         if here.resolve() in seen:
             print(f"{here} is not looked at again")
             continue
@@ -185,7 +188,7 @@ def list_images(folder, out=None):
             if entry.is_dir(follow_symlinks=False):
                 folders.append(path)
             elif is_link and os.path.isdir(path):
-                links.append(path)
+                links.append((len(path.resolve().parts), path))
             elif is_link and not os.path.exists(path) and is_image == (len(inside) > 1):
                 broken.append(inside[0])  # an image, or a whole class
             elif is_image and len(inside) > 1 and entry.is_file():
