@@ -84,8 +84,8 @@ __global__ void naive(Args p) {
 // What a lane holds of the tensor core instruction
 //
 // The fast kernels compute Y^T = W X^T. Then W is the first operand (A) of the tensor core
-// instruction, which may lie in registers: no dequantized weight is ever written to memory. X is
-// the second operand (B), Y^T the result (D).
+// instruction. A may lie in registers, so no dequantized weight is ever written to memory. X is the
+// second operand (B), Y^T the result (D).
 //
 // The 32 lanes of a warp share the operands of D (16 x 8) += A (16 x 16) * B (16 x 8). Let
 // g = lane / 4 and c = lane % 4 (the PTX manual: groupID, threadID_in_group). The manual's tables:
@@ -99,8 +99,8 @@ __global__ void naive(Args p) {
 //          row g                      element 0            element 1          one fp32 sum each
 //          row g + 8                  element 2            element 3
 //
-// How W becomes A: 8 byte rows are 32 weight rows, so two matrices A, called fragments. For each 16
-// columns a lane reads 4 bytes of byte row g and uses them in both:
+// How W becomes A: 8 byte rows are 32 weight rows, and A has 16, so they fill two matrices A,
+// called fragments. For each 16 columns a lane reads 4 bytes of byte row g and uses them in both:
 //
 //      fragment 0:  row g is quarter 0 of byte row g, row g + 8 is quarter 1
 //      fragment 1:  row g is quarter 2 of byte row g, row g + 8 is quarter 3
@@ -112,8 +112,8 @@ __global__ void naive(Args p) {
 // -------------------------------------------------------------------------------------------------
 // dequantize: from packed bytes to bf16
 //
-// No integer is converted. Twice a weight, as a float, has only zeros below its top 2 bits (the
-// sign and the highest exponent bit), and these are the inverted code:
+// No integer is converted: the inverted code becomes a float's top 2 bits, its sign and its highest
+// exponent bit. All other bits are 0. The float is then twice the weight:
 //
 //      weight   code   inverted   sign, exponent   bf16
 //        -1      00       11         -, 10..0      0xC000 = -2
@@ -127,8 +127,8 @@ __global__ void naive(Args p) {
 //      quarter 1:  (0x6D00 << 2) & 0xC000 = 0x8000 = -0
 //      quarter 2:  (0x6D00 << 4) & 0xC000 = 0xC000 = -2
 //
-// A register holds two weights: two bytes are shifted together, one atop each half. Bits that cross
-// into the upper half are masked away.
+// A register holds two weights, one in each half. So two bytes are shifted together, each from the
+// top of its half; bits that cross into the upper half are masked away.
 
 // Each hexadecimal digit of __byte_perm's selector chooses a byte of the result, the last digit the
 // lowest: 0 to 3 is a byte of x (0 its lowest), 4 is zero.
@@ -173,9 +173,9 @@ __device__ inline uint4 load16(const void* source, bool valid) {
 //   w                16 bytes of byte row g, its columns 16c to 16c + 15
 //   load_x(tile, h)  X at token 8 * tile + g: the first (h = 0) or last (h = 1) 8 of these columns
 //
-// The instruction wants pairs of columns that lie apart. But a sum may take its terms in any order,
-// so we number the columns as we like, if W and X agree. Here a lane takes 16 neighbours, and every
-// load is 16 bytes wide:
+// The instruction wants pairs of columns that lie apart, but a load of 16 bytes brings neighbours.
+// A sum may take its terms in any order, so a lane takes 16 neighbours, and we number the columns
+// anew, in W and X alike:
 //
 //      instruction's column     2c       2c+1      2c+8      2c+9        from
 //      real column, step 0      16c      16c+1     16c+2     16c+3       w.x; h = 0: x.x, x.y
@@ -255,7 +255,7 @@ template <int TOKEN_TILES> __global__ void __launch_bounds__(256) small_batch(Ar
 
   float acc[2][TOKEN_TILES][4] = {};
   uint4 w_next = load16(w_row + column0 + c * 16, column0 + c * 16 < p.K);
-  for (int column = column0; column < p.K; column += STEP) {  // equal in all lanes: mma needs them
+  for (int column = column0; column < p.K; column += STEP) {  // mma needs all lanes
     const int k = column + c * 16;
     const uint4 w = w_next;
     w_next = load16(w_row + k + STEP, k + STEP < p.K);

@@ -135,8 +135,9 @@ def ternarize(weight, gamma=None):
     """Round to -1, 0, +1 by the absmean rule (TerDiT eq. 1, from BitNet b1.58).
 
     weight (N, K) float -> codes, same shape and dtype: clip(round(weight / gamma), -1, 1), where
-    gamma = mean|weight| + eps. So a weight smaller than half of gamma becomes 0. Pass gamma if
-    `weight` is only a part of a matrix. TernaryWeight adds the gradient.
+    gamma = mean|weight| + eps. So a weight smaller than half of gamma becomes 0: a quarter of them
+    at the start, where weights are uniform. With max|weight| one large weight would make most
+    others 0. Pass gamma if `weight` is only a part of a matrix. TernaryWeight adds the gradient.
 
     >>> ternarize(torch.tensor([[0.30, -0.80], [0.05, 0.85]])).tolist()  # gamma is 0.5
     [[1.0, -1.0], [0.0, 1.0]]
@@ -152,10 +153,10 @@ class TernaryWeight(torch.autograd.Function):
     """weight (N, K), alphas (1,) -> ternarize(weight) * alphas, with a gradient for both.
 
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The
-    *straight-through estimator* pretends codes = weight. (On average codes follow weight / gamma;
-    like upstream, we leave this factor out.) Then codes * alphas has the gradient `grad * alphas`
-    for weight, and `(grad * codes).sum()` for alphas. The optimizer moves the latent weight in full
-    precision, and its code flips when the weight has moved far enough.
+    *straight-through estimator* pretends codes = weight. (The slope is then 1, as upstream's. On
+    average it is 1 / gamma, but Adam divides such a factor out.) So codes * alphas has the gradient
+    `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. The optimizer moves the
+    latent weight in full precision, and its code flips when the weight has moved far enough.
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)
     >>> alphas = torch.tensor([2.0], requires_grad=True)
@@ -185,15 +186,15 @@ class TernaryLinear(nn.Module):
     """A linear layer, x (..., K) -> (..., N), ternary in the forward pass.
 
     `weight` (N, K) latent; `alphas` (1,) the one learned scale, upstream's name; `bias` (N,) or
-    None. It is no nn.Linear, so that isinstance(m, nn.Linear) finds the layers in full precision.
-    Autocast casts codes * alphas to bf16. That rounds alpha; the codes stay exact.
+    None. x is not quantized (for sampling it may be: int8_linear). Autocast casts codes * alphas to
+    bf16. That rounds alpha; the codes stay exact.
     """
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.xavier_uniform_(self.weight)
-        # mean|W| keeps the size of the output.
+        # mean|W| keeps three quarters of the output's size; alphas then learn on their own.
         self.alphas = nn.Parameter(self.weight.detach().abs().mean().view(1))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -339,7 +340,7 @@ class TransformerBlock(nn.Module):
 
     Where alpha is large, adaLN's projection outputs large values, and a few flipped codes change
     them a lot. The paper's cure is one RMS Norm over all six vectors together. It divides by their
-    size, so alpha has no effect, except against the small bias (paper 3.2, figures 3 and 4).
+    size, so alpha has hardly any effect (paper 3.2, figures 3 and 4).
 
     >>> outputs = torch.tensor([3.0, -4.0])  # of an adaLN projection
     >>> F.rms_norm(outputs, (2,)), F.rms_norm(100 * outputs, (2,))  # a large alpha changes nothing
@@ -347,8 +348,8 @@ class TransformerBlock(nn.Module):
 
     The norm's gain starts at 0. So all six vectors are 0, the gates are closed, and every block
     starts as the identity (adaLN-Zero). DiT starts the projection's weights at 0 instead. Ternary
-    weights must not start there: Adam's first update moves each by +-lr, so mean|W| = lr, and all
-    codes jump to +-1, however small lr is. All gates would open at once.
+    weights must not start there. Adam's first update makes each of them +-lr. Then mean|W| is lr,
+    too, and all codes jump to +-1, however small lr is: all gates open at once.
 
     >>> weight = torch.zeros(1, 3) + 0.0001 * torch.tensor([[1.0, -1.0, -1.0]])  # lr = 0.0001
     >>> ternarize(weight).tolist()
@@ -380,7 +381,7 @@ class FinalLayer(nn.Module):
     """x (B, T, D), c (B, cond_dim) -> (B, T, p * p * output channels), in full precision.
 
     An error here goes straight into the image (paper 3.1). The embeddings are in full precision
-    too: every block reads their outputs, and 2 bits would save little (1% of 600M's weights)."""
+    too: every block reads their outputs. Of 600M's weights all this is 1%, of its file 14%."""
 
     def __init__(self, config):
         super().__init__()
@@ -453,8 +454,8 @@ class DiT(nn.Module):
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C * p * p)
 
     def unpatchify(self, x, height):
-        # A patch is (p, p, C) here, (C, p, p) in patchify: DiT embeds patches by a convolution,
-        # whose weights are (C, p, p). Checkpoints rely on both.
+        # A patch is (p, p, C) here, but (C, p, p) in patchify, since DiT embeds patches by a
+        # convolution, whose weights are (C, p, p). Checkpoints rely on both.
         p = self.config.patch_size
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (height // p, -1))  # (B, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, H, W)
@@ -506,8 +507,8 @@ class GaussianDiffusion:
 
     prediction: what the model's first C channels mean: "eps", the noise, as in the paper, or "v"
     (see v_rotation). An image's layout is decided at the noisiest timesteps, where acp -> 0. There
-    x_t -> eps: a model of eps can copy its input, and learns nothing of layout. But v -> -x0, so a
-    model of v must learn it. train.py draws other timesteps for v.
+    x_t -> eps, so a model of eps need only copy its input, and learns nothing of layout. But v ->
+    -x0, which a model of v must know. train.py draws other timesteps for v.
     """
 
     def __init__(self, steps=NUM_TIMESTEPS, prediction="eps"):
@@ -532,7 +533,7 @@ class GaussianDiffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / alphas_cumprod - 1)
         # The variance of q(x_{t-1} | x_t, x0), beta~ (eq. 7)
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        # It is 0 at t = 0: the log takes the value of t = 1.
+        # This variance is 0 at t = 0: there its log takes the value of t = 1.
         clipped = self.posterior_variance.copy()
         clipped[0] = clipped[1] if steps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(clipped)
@@ -638,16 +639,19 @@ class GaussianDiffusion:
         p_sample_loop. It adds no noise, so sigma channels are ignored.
 
         Let lambda = log(sqrt(acp) / sqrt(1 - acp)), half the log of the signal-to-noise ratio. A
-        step raises it by h, as if x0 did not change on the way. From acp = 0.5, where x = 0.707 x0
-        + 0.707 eps, to 0.8, where x = 0.894 x0 + 0.447 eps:
+        step raises it by h, as if x0 did not change on the way (sigma is sqrt(1 - acp)):
+
+            x_next = sigma_next / sigma x - sqrt(acp_next) (exp(-h) - 1) x0
+
+        From acp = 0.5, where x = 0.707 x0 + 0.707 eps, to 0.8, where x = 0.894 x0 + 0.447 eps:
 
         >>> h = 0.5 * math.log(0.8 / 0.2) - 0.5 * math.log(0.5 / 0.5)
         >>> f"{math.sqrt(0.2 / 0.5):.3f} x + {-math.sqrt(0.8) * math.expm1(-h):.3f} x0"
         '0.632 x + 0.447 x0'
 
         Second order extrapolates x0 to the middle of the step, along the line through this
-        prediction and the one before. The first step has none before it, and the h of the last one
-        is too large to extrapolate.
+        prediction and the one before. The first step has none before it; in the last, acp jumps to
+        almost 1, and h is too large to extrapolate.
         """
         sigma = self.sqrt_one_minus_alphas_cumprod
         lambdas = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
@@ -666,6 +670,11 @@ class GaussianDiffusion:
             x = shrink * x - self.sqrt_alphas_cumprod[i - 1] * np.expm1(-h) * middle_x0
             previous_x0 = x0
             previous_h = h
+
+
+def diffusion_of(config, steps=NUM_TIMESTEPS):
+    """The GaussianDiffusion that a model of this Config is trained with, or sampled in `steps`."""
+    return GaussianDiffusion(steps, config.prediction)
 
 
 def extract(table, t):
@@ -744,7 +753,7 @@ def check_packed(packed, name="weight"):
     """ValueError if packed (N/4, K) is not uint8, or a 2-bit field holds 3."""
     if packed.dtype != torch.uint8:
         raise ValueError(f"{name}: packed weights are uint8, got {packed.dtype}")
-    if bool((packed & (packed >> 1) & 0b01010101).any()):  # both bits of a field
+    if bool((packed & (packed >> 1) & 0b01010101).any()):  # a field is 0b11
         raise ValueError(f"{name}: holds code 3, which stands for no weight: it is damaged")
 
 

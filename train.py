@@ -47,8 +47,8 @@ from sample import DEVICES, MAX_SEED, Progress, cpu_has, decode, draw, find_chec
 from sample import generator, load_vae, number, require_same, run_main, save_grid, to_uint8
 from sample import torchrun
 from terdit import NUM_TIMESTEPS, SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion
-from terdit import PackedTernaryLinear, TernaryLinear, atomic_write, error_line, first_line
-from terdit import load_model, pack_model, read_checkpoint, save_checkpoint, ternarize
+from terdit import PackedTernaryLinear, TernaryLinear, atomic_write, diffusion_of, error_line
+from terdit import first_line, load_model, pack_model, read_checkpoint, save_checkpoint, ternarize
 from terdit import unpack_ternary
 
 # --------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class Run:
         self.model = model
         self.ema = ema  # the averaged model: what is validated and exported
         self.optimizer = make_optimizer(model, settings)
-        self.diffusion = GaussianDiffusion(prediction=model.config.prediction)
+        self.diffusion = diffusion_of(model.config)
         self.step = 0  # steps that are done
         self.stats = None  # StepStats of the last one
         self.old_states = []  # with --fresh: the first save removes them
@@ -125,7 +125,8 @@ def train_step(run, batch, progress):
     # Parts of the batch take less memory. backward() adds up their gradients.
     for part in batch.split(settings.micro_batch, settings.device):
         part_loss = batch_losses(run, run.model, part).sum() / settings.batch
-        (part_loss * world).backward()  # FSDP takes the mean over processes: this makes it the sum
+        # FSDP takes the mean over processes, but each loss is its part of the batch's: sum them.
+        (part_loss * world).backward()
         loss += part_loss.detach()
         progress.add(len(part.t) * world, what)
     grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)).item()
@@ -133,7 +134,7 @@ def train_step(run, batch, progress):
     if not math.isfinite(stats.loss + grad_norm):
         raise ValueError(
             f"step {run.step + 1}: loss {stats.loss}, gradient norm {grad_norm}, not finite: "
-            f"stopped; {settings.out} keeps what was saved. Try a lower --lr"
+            f"stopped; {settings.out} keeps what was saved. Start over (--fresh) with a lower --lr"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -151,6 +152,8 @@ def batch_losses(run, model, batch):
 
 # --------------------------------------------------------------------------------------------------
 # 2. The way of a picture: folder -> list -> cache -> batch
+#
+# A first reading may begin at load_image: all before it serves links, stops and full disks.
 
 
 def list_images(folder, out=None):
@@ -181,6 +184,7 @@ def list_images(folder, out=None):
         for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
             path = Path(entry.path)
             inside = path.relative_to(folder).parts
+            in_class = len(inside) > 1
             is_image = path.suffix.lower() in Image.registered_extensions()
             is_link = entry.is_symlink()
             if entry.name.startswith(".") or entry.name in ("__MACOSX", "@eaDir"):
@@ -189,9 +193,9 @@ def list_images(folder, out=None):
                 folders.append(path)
             elif is_link and os.path.isdir(path):
                 links.append((len(path.resolve().parts), path))
-            elif is_link and not os.path.exists(path) and is_image == (len(inside) > 1):
-                broken.append(inside[0])  # an image, or a whole class
-            elif is_image and len(inside) > 1 and entry.is_file():
+            elif is_link and not os.path.exists(path) and is_image == in_class:
+                broken.append(inside[0])  # an image of a class, or a whole class
+            elif is_image and in_class and entry.is_file():
                 images.append([os.path.join(*inside), inside[0]])
             else:
                 n_unused += 1
@@ -283,7 +287,7 @@ class Rows:
         mode = "r+" if os.access(folder / "x.npy", os.W_OK) else "r"  # it may be someone else's
         try:
             self.header = json.loads((folder / "header.json").read_text())
-            np.load(folder / "x.npy", mmap_mode="r")  # in mode r+ numpy lengthens a file cut short
+            np.load(folder / "x.npy", mmap_mode="r")  # mode r+ would lengthen a file cut short
             self.x = np.load(folder / "x.npy", mmap_mode=mode)
             self.status = np.load(folder / "status.npy", mmap_mode=mode)
             if not len(self.x) == len(self.status) == len(self.header["files"]):
@@ -370,6 +374,18 @@ def fill_cache(settings, rows):
     barrier()
 
 
+def check_16_bits(image):
+    """ValueError: the numbers of a grey image in mode I or F are not 0 (black) to 65535 (white)."""
+    is_usual = image.format == "PPM" and image.mode != "F"
+    if image.format == "PNG":
+        is_usual = "transparency" not in image.info
+    elif image.format == "TIFF" and image.mode.startswith("I;16"):
+        bits, photometric = image.tag_v2.get(258), image.tag_v2.get(262)
+        is_usual = bits == (16,) and photometric == 1
+    if not is_usual:
+        raise ValueError(f"grey of mode {image.mode} in {image.format}: save it with 8 bits")
+
+
 def read_image(path, size):
     """load_image, or None for a file that is no picture, which is named.
 
@@ -380,12 +396,12 @@ def read_image(path, size):
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise whatever they like on damaged files
-        # Only the system's errors have a number. EINVAL is the picture's own fault: its content
-        # sends the decoder to a place before its start.
+        # An error with a number is the system's, and the picture may be good. But EINVAL is the
+        # picture's fault: it sends the decoder to a place before its start.
         is_deleted = isinstance(e, FileNotFoundError) and path.parent.is_dir()
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL) and not is_deleted:
             raise
-        # Decoders call it damage, too, if memory is short. Then this raises a MemoryError.
+        # Decoders call it damage, too, if memory is short. Then this gigabyte raises MemoryError.
         np.empty(1 << 30, np.uint8)
         sys.stderr.write(f"{path}: left out ({type(e).__name__}: {first_line(e)})\n")
         return None
@@ -417,23 +433,11 @@ def load_image(path, size):
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def check_16_bits(image):
-    """ValueError: the numbers of a grey image in mode I or F are not 0 (black) to 65535 (white)."""
-    is_usual = image.format == "PPM" and image.mode != "F"
-    if image.format == "PNG":
-        is_usual = "transparency" not in image.info
-    elif image.format == "TIFF" and image.mode.startswith("I;16"):
-        bits, photometric = image.tag_v2.get(258), image.tag_v2.get(262)
-        is_usual = bits == (16,) and photometric == 1
-    if not is_usual:
-        raise ValueError(f"grey of mode {image.mode} in {image.format}: save it with 8 bits")
-
-
 def encode(vae, images):
     """Images (n, 3, H, W) uint8 -> rows of the cache: (n, 1, 3, H, W), the images themselves.
 
     With a VAE: scaled latents, plain and mirrored, (n, 2, C, h, w) fp16, because a mirrored latent
-    does not decode to the mirrored image. They are the posteriors' means; DiT draws from these.
+    does not decode to the mirrored image. They are means of the posterior, of which DiT draws.
     """
     if vae is None:
         return images[:, None]
@@ -483,7 +487,7 @@ def draw_batch(run, step):
     Everything random is a function of (seed, step), and every process draws the numbers of the
     whole batch, of which it keeps its slice. So no random state is saved. A resumed run equals an
     uninterrupted one, on one CPU process to the bit; more processes, or other micro-batches, add
-    in another order.
+    in another order. --batch may not change in a run.
     """
     data = run.data
     seed = run.settings.seed
@@ -519,8 +523,8 @@ def draw_timesteps(n, diffusion, rng):
     For v: logSNR is drawn from a normal distribution, with mean -2 and standard deviation 2.5; one
     timestep in twenty is drawn uniformly. Most fall between t = 200 and 800, where a picture's
     layout is decided: a short training has no time for nearly clean images, or nearly pure noise.
-    Image i of the batch draws its quantile between i / n and (i + 1) / n (stratified sampling), so
-    each batch has all noise levels.
+    The normal numbers are made of uniform ones, which image i of the batch draws between i / n and
+    (i + 1) / n (stratified sampling), so each batch has all noise levels.
     """
     if diffusion.prediction == "eps":
         return torch.randint(NUM_TIMESTEPS, (n,), generator=rng)
@@ -551,10 +555,10 @@ def find_timesteps(log_snr, diffusion):
 def make_optimizer(model, settings):
     """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer.
 
-    Weight decay is for the blocks' matrices. Scaling a whole matrix leaves its ternary codes as
-    they are, so the output does not change. But Adam moves a weight by about lr a step, however
-    small it is. At lr = 0.001 a weight of 0.05 comes to 0 in 50 steps; one that has decayed to
-    0.025, in 25. So with decay, codes go on flipping until the rate falls.
+    Weight decay is for the blocks' matrices. It leaves their codes as they are, since gamma shrinks
+    with the weights. But Adam moves a weight by about lr a step, however small it is. At lr = 0.001
+    a weight of 0.05 comes to 0 in 50 steps; one that has decayed to 0.025, in 25. So with decay,
+    codes go on flipping until the rate falls.
     """
     alphas = dict(params=[], lr_scale=0.2, weight_decay=0.0)
     matrices = dict(params=[], lr_scale=1.0, weight_decay=settings.weight_decay)
@@ -581,8 +585,9 @@ def make_optimizer(model, settings):
 def update_average(run):
     """Update the moving average of the latent weights, which save_state ternarizes and exports.
 
-    Its decay grows: with the full decay from the start, a short run would export mostly its first,
-    random weights.
+    It averages out what single steps change at random: little where the rate falls to 1%, as it
+    does here (tests/RESULTS.md). Its decay grows: with the full decay from the start, a short run
+    would export mostly its first, random weights.
     """
     decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step))
     if run.step == 0:
@@ -592,7 +597,8 @@ def update_average(run):
 
 
 def set_learning_rate(optimizer, settings, step):
-    """The rate warms up, then falls along a cosine to 1%: codes settle only when it is small."""
+    """The rate warms up, then falls along a cosine to 1%: codes settle only when it is small. The
+    demo's rate, warm-up and steps are in DEMO, section 4."""
     warmup = max(1, min(settings.warmup, settings.steps // 10))
     cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     lr = settings.lr * min(1, (step + 1) / warmup) * cosine
@@ -611,7 +617,7 @@ def setting(default, help, **options):
 
 
 COUNT = number(int, 1)
-POSITIVE = number(float, 0)
+AT_LEAST_0 = number(float, 0)
 SHARE = number(float, 0, 1)
 ALPHA_STARTS = ["absmean", "random"]
 DTYPES = ["bf16", "fp32"]
@@ -619,7 +625,11 @@ DTYPES = ["bf16", "fp32"]
 
 @dataclass
 class TrainConfig:
-    """What a run is trained with. Each field is a flag. These are the paper's sizes' values."""
+    """What a run is trained with. Each field is a flag. These are the paper's sizes' values.
+
+    A property of the model is a field of Config, too; model_config passes it on, and new_settings
+    where --init keeps the checkpoint's.
+    """
 
     size: str = setting("tiny", "shape of the model, and its recipe", choices=list(SIZES))
     data: str = setting(None, "folder of images, a subfolder a class; default: embedded digits")
@@ -635,10 +645,10 @@ class TrainConfig:
     batch: int = setting(256, "images a step, of all processes together", type=COUNT)
     micro_batch: int = setting(16, "at a time; CPUs 4 from S on; large cards take 32", type=COUNT)
     steps: int = setting(1_750_000, "updates of the weights", type=COUNT)
-    lr: float = setting(1e-4, "Large-DiT's rate, which nobody has verified here", type=POSITIVE)
+    lr: float = setting(1e-4, "Large-DiT's rate, which nobody has verified here", type=AT_LEAST_0)
     warmup: int = setting(1000, "steps, but at most a tenth of the run", type=number(int, 0))
     beta2: float = setting(0.999, "AdamW's second beta", type=SHARE)
-    weight_decay: float = setting(0.0, "of the blocks' matrices", type=POSITIVE)
+    weight_decay: float = setting(0.0, "of the blocks' matrices", type=AT_LEAST_0)
     ema_decay: float = setting(0.9999, "of the average, which is what is exported", type=SHARE)
     seed: int = setting(0, "of everything random", type=number(int, 0, MAX_SEED))
 
@@ -721,8 +731,11 @@ def setup(given):
     if not state and not given.get("fresh"):
         refuse_other_runs(out, given)
     if state:
-        settings = resumed_settings(state["settings"], given)
-        config = replace(Config(**state["config"]), vae=settings.vae)
+        try:
+            settings = resumed_settings(state["settings"], given)
+            config = replace(Config(**state["config"]), vae=settings.vae)
+        except TypeError as e:  # a setting that a newer train.py has
+            raise ValueError(f"{out}: its state is of another train.py ({e})") from None
         cache = open_cache(settings, config) if settings.data else None
         if cache:
             theirs = dict(cache.header, images=len(cache.status), shape=cache.x.shape[2:])
@@ -832,6 +845,7 @@ MAY_CHANGE = {"save_every", "grid", "compile", "device", "out", "fresh", "init",
 
 def resumed_settings(saved, given):
     """-> TrainConfig of a run that goes on: the state's, with what the command may change."""
+    saved = asdict(TrainConfig()) | saved  # its file may be older than a setting
     fixed = given.keys() - MAY_CHANGE
     for name in given.keys() & {"data", "vae"}:
         if saved[name] is not None:  # a folder may move
@@ -966,7 +980,8 @@ def full_tensor(x):
 
 
 def shard_model(model, device):
-    """Move a model to its device. Each of many processes holds a part of it (FSDP2).
+    """Move a model to its device. Each of many processes holds a part of it (FSDP2): of 20 bytes a
+    parameter (see warn_of_memory), besides activations and the block that is at work.
 
     Matrices are gathered whole, and in fp32: so mean|W| and the codes are those of packing.
     Gathered in bf16 (MixedPrecisionPolicy), some weights would round to other codes.

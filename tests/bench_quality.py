@@ -27,9 +27,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
-from sample import DEVICES, DTYPES, MAX_SEED, find_checkpoint, from_uint8, generator  # noqa: E402
-from sample import load_vae, number, pick_classes, run_main  # noqa: E402
-from terdit import NUM_TIMESTEPS, GaussianDiffusion, load_model  # noqa: E402
+from sample import DEVICES, DTYPES, MAX_SEED, SAMPLERS, find_checkpoint, from_uint8  # noqa: E402
+from sample import generator, load_vae, number, pick_classes, run_main  # noqa: E402
+from terdit import NUM_TIMESTEPS, diffusion_of, load_model  # noqa: E402
 from train import digits, encode, list_images, read_image  # noqa: E402
 from tests.bench_speed import check_json, report, write_json  # noqa: E402
 
@@ -156,7 +156,7 @@ def held_out_losses(model, x0, y):
     of them together are spread evenly. Timesteps and noise are the same for every model.
     """
     device = next(model.parameters()).device
-    diffusion = GaussianDiffusion(prediction=model.config.prediction)
+    diffusion = diffusion_of(model.config)
     rng = generator(5000)
     n = len(x0)
     losses = torch.zeros(n, dtype=torch.float64)
@@ -226,7 +226,7 @@ def main():
     flag("--dtype", choices=DTYPES, default="fp32", help="of products with ternary weights")
     flag("--device", choices=DEVICES, default=DEVICES[0], help="for --data")
     flag("-n", type=number(int, 2), default=1000, help="samples of each (default 1000)")
-    flag("--sampler", choices=["ddpm", "ddim", "dpm"], default="dpm")
+    flag("--sampler", choices=SAMPLERS, default="dpm")
     flag("--steps", type=number(int, 1, NUM_TIMESTEPS), default=16)
     flag("--seed", type=number(int, 0, MAX_SEED), default=0, help="of the samples")
     flag("--json", help="also write the figures to this file")

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import DEVICES, DTYPES, number, run_main, sample_latents  # noqa: E402
-from terdit import NUM_TIMESTEPS, SIZES, Config, DiT, GaussianDiffusion, atomic_write  # noqa: E402
+from terdit import NUM_TIMESTEPS, SIZES, Config, DiT, atomic_write, diffusion_of  # noqa: E402
 from terdit import check_writable, cuda_kernel, in_dtype, launch_kernel, pack_ternary  # noqa: E402
 from terdit import packed_linear, packed_linear_plain, unpack_ternary  # noqa: E402
 from tests.baselines import MetaDiT, MetaDiTConfig  # noqa: E402
@@ -352,7 +352,7 @@ def make_training_work(config, n, bf16, compiled, device):
         for block in model.layers:
             block.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    diffusion = GaussianDiffusion(prediction=config.prediction)
+    diffusion = diffusion_of(config)
 
     def work(job):
         start = time.perf_counter()

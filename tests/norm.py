@@ -160,26 +160,27 @@ def train_and_judge(row, seed):
 # The study
 
 DEMO = Row("absmean", "gain 0", steps=4500)
-MAIN_NORMS = ("gain 0", "gain 1", "none")
-FIRST = [Row(alphas, norm) for alphas in ("random", "absmean") for norm in MAIN_NORMS]
+RANDOM = [Row("random", norm) for norm in ("gain 0", "gain 1", "none")]
+ABSMEAN = [Row("absmean", norm) for norm in ("gain 0", "gain 1", "none")]
 CLOSED = Row("random", "none", adaln="alphas 0")
 
 
 def make_queue():
     """-> (row, seed) of all trainings, the most important first."""
-    pairs = [row for row in FIRST if row.norm != "gain 1"]
-    slow = [replace(row, lr=1e-3) for row in FIRST]
-    deep = [replace(row, shape="deep", lr=2e-3, steps=800) for row in pairs]
-    rows = [replace(pairs[0], steps=4500), Row("random", "gain 0.05")]
-    rows += [replace(row, shape="paper", lr=1e-3) for row in pairs]
-    rows += deep[:2]
-    rows += [replace(row, adaln="weights 0") for row in slow[:3]]
-    rows += [slow[3], slow[5], *deep[2:], slow[4]]
-    rows += [replace(pairs[3], steps=4500), Row("absmean", "gain 1", steps=4500)]
-    queue = [(row, 0) for row in [DEMO, *FIRST, *slow[:3]]]
-    queue += [(row, seed) for seed in (1, 2) for row in [*pairs, Row("absmean", "gain 1")]]
-    queue += [(CLOSED, 0), (CLOSED, 1), (CLOSED, 2)]
-    queue += [(row, 0) for row in rows]
+    upstream = [Row("random", norm, adaln="weights 0") for norm in ("gain 1", "none")]
+    demo = [replace(row, steps=4500) for row in ABSMEAN]
+    with_seeds = [DEMO, *RANDOM, *ABSMEAN, *upstream, CLOSED, *demo]
+    others = [Row("random", "gain 0.05")]
+    for alphas, rows in (("random", RANDOM), ("absmean", ABSMEAN)):
+        others += [replace(row, lr=1e-3) for row in rows]
+        others += [replace(row, shape="deep", lr=2e-3, steps=800) for row in rows]
+        others += [Row(alphas, norm, 1e-3, shape="paper") for norm in ("gain 0", "none")]
+    others += [replace(row, lr=1e-3) for row in upstream]
+    others += [Row("random", "gain 0", 1e-3, adaln="weights 0")]
+    others += [replace(row, adaln="weights 0") for row in ABSMEAN]
+    others += [Row("random", norm, steps=4500) for norm in ("gain 0", "none")]
+    queue = [(row, seed) for seed in range(3) for row in with_seeds]
+    queue += [(row, 0) for row in others]
     return list(dict.fromkeys(queue))
 
 
@@ -231,7 +232,7 @@ def make_panels():
     fields = ["gate", "residual", "grad_norm", "loss"]
     titles = ["gates, RMS", "residual stream, RMS", "gradient norm", "loss"]
     panels = [Panel(title, "step", {}) for title in titles]
-    for row in [*FIRST, CLOSED]:
+    for row in [*RANDOM, *ABSMEAN, CLOSED]:
         folder = row.folder(0)
         if not (folder / "results.npz").is_file():
             continue

@@ -18,7 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from sample import find_checkpoint, generator, run_main  # noqa: E402
-from terdit import GaussianDiffusion, load_model  # noqa: E402
+from terdit import diffusion_of, load_model  # noqa: E402
 from tests.paper import Panel, plot, sheet  # noqa: E402
 
 STEPS = 16  # of sampling, as sample.py
@@ -68,7 +68,7 @@ def watch(model, digit, seed=0):
     """Sample one digit as sample.py does -> the model's input x_t at each step, and the x_0 that it
     predicts from it, each (STEPS, C, H, W)."""
     config = model.config
-    diffusion = GaussianDiffusion(STEPS, config.prediction)
+    diffusion = diffusion_of(config, STEPS)
     shape = (1, config.in_channels, config.input_size, config.input_size)
     labels = torch.tensor([digit, config.num_classes])  # the second is the null label
     noisy = []

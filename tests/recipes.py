@@ -65,6 +65,7 @@ SHORT = [
 LONG = [
     Recipe("scratch-1500-2e-3", "from scratch, rate 2e-3", 1500, "--lr 2e-3"),
     Recipe("scratch-4500", "from scratch", 4500),
+    Recipe("init-4500", "from full precision", 4500, START),
     Recipe("both-4500", "from full precision, with teacher", 4500, BOTH),
     Recipe("scratch-6500", "from scratch", 6500),
     Recipe("full-6500", "full precision", 6500, "--full-precision"),

@@ -48,7 +48,7 @@ def test_classes_by_name():
             sample.pick_classes([wanted], config)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_sampling_is_guided_with_noise_by_number(ckpt, sampler):
     """Against guidance and noise that are written out here."""
     model = load_model(ckpt)

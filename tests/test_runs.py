@@ -153,7 +153,8 @@ MAY_CHANGE = "steps micro_batch dtype save_every grid compile device out fresh i
 def test_what_a_resumed_run_may_change_and_what_not(tmp_path, monkeypatch, capsys):
     run(tmp_path, "--steps", 2, "--micro-batch", 2, "--dtype", "bf16")
     names = {message.split("=")[0] for message in REFUSED.values()}
-    assert names == {f.name for f in fields(train.TrainConfig)} - {*MAY_CHANGE}
+    settings = {f.name for f in fields(train.TrainConfig)}
+    assert names == settings - {*MAY_CHANGE}, "a new setting belongs into REFUSED or MAY_CHANGE"
     advice = "leave it out, or take another --out, or --fresh"
     for flags, message in REFUSED.items():
         with pytest.raises(ValueError, match=f"^{tmp_path} was made with {message}: {advice}$"):
@@ -178,6 +179,21 @@ def test_what_a_resumed_run_may_change_and_what_not(tmp_path, monkeypatch, capsy
     assert "note: dtype was bf16, now it is fp32: products round differently\n" in said
     state = go_on(tmp_path)  # it has ended: nothing is left to do
     assert (state["step"], state["micro_batch"], state["dtype"]) == (5, 4, "fp32")
+
+
+def test_an_older_state_takes_the_defaults_of_new_settings_a_newer_one_is_refused(tmp_path):
+    run(tmp_path, "--steps", 2)
+    path = train.states(tmp_path)[-1]
+    state = torch.load(path, weights_only=True)
+    del state["settings"]["alpha_start"]
+    torch.save(state, path)
+    assert go_on(tmp_path, "--steps", 3, "--alpha-start", "absmean")["alpha_start"] == "absmean"
+    for part in ("settings", "config"):
+        newer = state | {part: state[part] | dict(colour=1)}
+        torch.save(newer, train.states(tmp_path)[-1])
+        message = f"^{tmp_path}: its state is of another train.py .*'colour'"
+        with pytest.raises(ValueError, match=message):
+            go_on(tmp_path)
 
 
 def test_fresh_starts_over_and_one_model_file_stays(tmp_path, monkeypatch):

@@ -211,6 +211,31 @@ def test_products_alone_are_in_bf16(tmp_path, monkeypatch, dtype):
     assert {value.dtype for value in state["tensors"].values()} == {torch.float32}
 
 
+def test_gradients_are_clipped_to_a_norm_of_1(tmp_path, monkeypatch):
+    batch_losses = train.batch_losses
+    make_optimizer = train.make_optimizer
+    norms = []
+
+    def note(optimizer, *arguments):
+        groups = optimizer.param_groups
+        grads = torch.cat([p.grad.flatten() for group in groups for p in group["params"]])
+        norms.append(grads.norm().item())
+
+    def watched_optimizer(*arguments):
+        optimizer = make_optimizer(*arguments)
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", watched_optimizer)
+    run(tmp_path / "small", "--steps", 1)
+    monkeypatch.setattr(train, "batch_losses", lambda *arguments: 100 * batch_losses(*arguments))
+    run(tmp_path / "large", "--steps", 1)
+    small, large = (read_log(tmp_path / name / "log.csv")[0] for name in ("small", "large"))
+    assert large["grad_norm"] == pytest.approx(100 * small["grad_norm"], rel=1e-3)
+    assert norms == pytest.approx([small["grad_norm"], 1], rel=1e-3)
+    assert small["grad_norm"] < 1
+
+
 def test_what_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     before = run(tmp_path, "--steps", 4)["tensors"]
     forward = terdit.FeedForward.forward
