@@ -11,8 +11,8 @@ The method of *TerDiT: Ternary Diffusion Models with Transformers* (arXiv 2405.1
     6. packed_linear                fast products with packed weights, CPU and GPU
     7. save_checkpoint, load_model  our files, and released folders
 
-Sections are those of the paper's first version, figures those of its second. "Upstream" is the
-authors' own code, ADM is OpenAI's guided-diffusion. Letters in shapes: B images, C channels,
+"Paper 3.1" is a section of the paper's first version, "figure 3" one of its second. "Upstream" is
+the authors' own code, ADM is OpenAI's guided-diffusion. Letters in shapes: B images, C channels,
 H and W height and width, T tokens, D the model's width. A weight (N, K) maps x (M, K) to (M, N):
 M tokens (in adaLN, images), K inputs, N outputs. A test runs the examples after >>>.
 """
@@ -110,7 +110,7 @@ _DIGITS = dict(
     in_channels=3,
     multiple_of=64,
     num_classes=10,
-    learn_sigma=False,
+    learn_sigma=False,  # the loss is the MSE alone
     prediction="v",
     label_std=0.5,
     pos_embed=True,
@@ -153,10 +153,10 @@ class TernaryWeight(torch.autograd.Function):
     """weight (N, K), alphas (1,) -> ternarize(weight) * alphas, with a gradient for both.
 
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The
-    *straight-through estimator* pretends codes = weight. (The slope is then 1, as upstream's. On
-    average it is 1 / gamma, but Adam divides such a factor out.) So codes * alphas has the gradient
-    `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. The optimizer moves the
-    latent weight in full precision, and its code flips when the weight has moved far enough.
+    *straight-through estimator* pretends codes = weight. (Like upstream's it leaves out the mean
+    slope of the stairs, some 1 / gamma: Adam divides a constant factor out.) So codes * alphas has
+    the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. The optimizer
+    moves the latent weight in full precision, and its code flips when it has moved far enough.
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)
     >>> alphas = torch.tensor([2.0], requires_grad=True)
@@ -185,16 +185,17 @@ class TernaryWeight(torch.autograd.Function):
 class TernaryLinear(nn.Module):
     """A linear layer, x (..., K) -> (..., N), ternary in the forward pass.
 
-    `weight` (N, K) latent; `alphas` (1,) the one learned scale, upstream's name; `bias` (N,) or
-    None. x is not quantized (for sampling it may be: int8_linear). Autocast casts codes * alphas to
-    bf16. That rounds alpha; the codes stay exact.
+    `weight` (N, K) latent; `bias` (N,) or None; `alphas` (1,) the one scale, upstream's name. It is
+    learned, where BitNet takes mean|W|, so it need not follow the latent weights. x is not
+    quantized (for sampling it may be: int8_linear_plain). Autocast casts codes * alphas to bf16.
+    That rounds alpha; the codes stay exact.
     """
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.xavier_uniform_(self.weight)
-        # mean|W| keeps three quarters of the output's size; alphas then learn on their own.
+        # mean|W| keeps three quarters of the output's size.
         self.alphas = nn.Parameter(self.weight.detach().abs().mean().view(1))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -212,7 +213,7 @@ def modulate(x, shift, scale):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In fp32, its weight's dtype, even where autocast made x bf16."""
+    """Computes in its weight's dtype, fp32, even where autocast made x bf16."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -347,9 +348,10 @@ class TransformerBlock(nn.Module):
     (tensor([ 0.8485, -1.1314]), tensor([ 0.8485, -1.1314]))
 
     The norm's gain starts at 0. So all six vectors are 0, the gates are closed, and every block
-    starts as the identity (adaLN-Zero). DiT starts the projection's weights at 0 instead. Ternary
-    weights must not start there. Adam's first update makes each of them +-lr. Then mean|W| is lr,
-    too, and all codes jump to +-1, however small lr is: all gates open at once.
+    starts as the identity (adaLN-Zero). They open slowly: step 1 moves only the final layer, which
+    starts at 0, too, step 2 the gain of the gates. DiT and upstream start the projection's weights
+    at 0 instead. Ternary weights must not start there. After Adam's first update all |W| are lr, so
+    they all equal mean|W|, and every code is +-1, however small lr is: all gates open at once.
 
     >>> weight = torch.zeros(1, 3) + 0.0001 * torch.tensor([[1.0, -1.0, -1.0]])  # lr = 0.0001
     >>> ternarize(weight).tolist()
@@ -381,7 +383,7 @@ class FinalLayer(nn.Module):
     """x (B, T, D), c (B, cond_dim) -> (B, T, p * p * output channels), in full precision.
 
     An error here goes straight into the image (paper 3.1). The embeddings are in full precision
-    too: every block reads their outputs. Of 600M's weights all this is 1%, of its file 14%."""
+    too: every block reads their outputs. Of 600M's weights all this is 1%, of its file 13%."""
 
     def __init__(self, config):
         super().__init__()
@@ -416,6 +418,7 @@ class DiT(nn.Module):
         self.pos_embed = None
         if config.pos_embed:
             self.pos_embed = nn.Parameter(torch.empty(config.n_tokens, config.dim))
+        # (To keep a block in full precision, give it nn.Linear.)
         blocks = [TransformerBlock(config, linear) for _ in range(config.n_layers)]
         self.layers = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(config)
@@ -508,7 +511,7 @@ class GaussianDiffusion:
     prediction: what the model's first C channels mean: "eps", the noise, as in the paper, or "v"
     (see v_rotation). An image's layout is decided at the noisiest timesteps, where acp -> 0. There
     x_t -> eps, so a model of eps need only copy its input, and learns nothing of layout. But v ->
-    -x0, which a model of v must know. train.py draws other timesteps for v.
+    -x0, the picture itself. train.py draws other timesteps for v.
     """
 
     def __init__(self, steps=NUM_TIMESTEPS, prediction="eps"):
@@ -533,7 +536,7 @@ class GaussianDiffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1 / alphas_cumprod - 1)
         # The variance of q(x_{t-1} | x_t, x0), beta~ (eq. 7)
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        # This variance is 0 at t = 0: there its log takes the value of t = 1.
+        # log 0 is -inf: t = 0 takes the value of t = 1.
         clipped = self.posterior_variance.copy()
         clipped[0] = clipped[1] if steps > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(clipped)
@@ -612,7 +615,7 @@ class GaussianDiffusion:
         return dict(loss=mse + vb, mse=mse, vb=vb)
 
     def predict_at(self, model_fn, x, i, clip_denoised):
-        """p_mean_variance of model_fn(x, t) at x (B, C, H, W) and step i of this process."""
+        """p_mean_variance of model_fn(x, t) at x (B, C, H, W) and step i of num_timesteps."""
         step = torch.full((len(x),), i, device=x.device)
         out = model_fn(x, torch.full_like(step, int(self.timestep_map[i])))
         return self.p_mean_variance(out, x, step, clip_denoised)
@@ -623,7 +626,7 @@ class GaussianDiffusion:
         x = noise
         for i in reversed(range(self.num_timesteps)):
             p = self.predict_at(model_fn, x, i, clip_denoised)
-            z = noise_fn(x)  # unused at the last step: as many draws as steps
+            z = noise_fn(x)  # not used at the last step, but a test replays as many as steps
             x = p["mean"]
             if i > 0:
                 x = x + (0.5 * p["log_variance"]).exp() * z
@@ -649,9 +652,9 @@ class GaussianDiffusion:
         >>> f"{math.sqrt(0.2 / 0.5):.3f} x + {-math.sqrt(0.8) * math.expm1(-h):.3f} x0"
         '0.632 x + 0.447 x0'
 
-        Second order extrapolates x0 to the middle of the step, along the line through this
-        prediction and the one before. The first step has none before it; in the last, acp jumps to
-        almost 1, and h is too large to extrapolate.
+        Second order extrapolates x0 to the middle of the step in lambda, along the line through
+        this prediction and the one before. The first step has none before it. In the step to i = 0
+        acp jumps to almost 1, and h is too large to extrapolate.
         """
         sigma = self.sqrt_one_minus_alphas_cumprod
         lambdas = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
@@ -843,9 +846,10 @@ def packed_linear(x, weight, alphas, bias, dtype, is_adaln=False):
 def in_dtype(model, dtype):
     """Set the dtype of the products with packed weights: fp32, bf16 or int8. -> the model
 
-    The rest stays in fp32. So do adaLN's projections under int8, because they steer whole blocks
-    and would cause most of its error. A full-precision model is put in dtype as a whole, but
-    ValueError for int8.
+    Under int8 adaLN's projections stay in fp32, because they steer whole blocks and would cause
+    most of its error. Their outputs are bf16 otherwise, so attention and SwiGLU are too; norms and
+    the residual stream are fp32. A full-precision model is put in dtype as a whole, but ValueError
+    for int8.
     """
     if not model.config.ternary:
         if dtype == torch.int8:

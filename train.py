@@ -125,7 +125,7 @@ def train_step(run, batch, progress):
     # Parts of the batch take less memory. backward() adds up their gradients.
     for part in batch.split(settings.micro_batch, settings.device):
         part_loss = batch_losses(run, run.model, part).sum() / settings.batch
-        # FSDP takes the mean over processes, but each loss is its part of the batch's: sum them.
+        # Gradients must be summed over processes; FSDP takes their mean.
         (part_loss * world).backward()
         loss += part_loss.detach()
         progress.add(len(part.t) * world, what)
@@ -143,7 +143,8 @@ def train_step(run, batch, progress):
 
 
 def batch_losses(run, model, batch):
-    """The loss of each image (B,), in the dtype of the run."""
+    """The loss of each image (B,). bf16 is for matmuls and SwiGLU; weights, norms, the residual
+    stream, the loss and AdamW stay in fp32."""
     settings = run.settings
     with torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bf16"):
         terms = run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise)
@@ -233,7 +234,8 @@ def cache_folder(settings):
 
 
 def open_cache(settings, base):
-    """-> Rows of --data. Where there are none yet, list the images and reserve disk space."""
+    """-> Rows of --data. Where there are none yet, list the images and reserve disk space. (Several
+    machines must not fill one cache over a network: let one do so first.)"""
     folder = cache_folder(settings)
     size = settings.image_size
     if ranks()[0] == 0 and not (folder / "header.json").is_file():
@@ -375,7 +377,7 @@ def fill_cache(settings, rows):
 
 
 def check_16_bits(image):
-    """ValueError: the numbers of a grey image in mode I or F are not 0 (black) to 65535 (white)."""
+    """Numbers of grey images in mode I or F must go from 0, black, to 65535, white. ValueError."""
     is_usual = image.format == "PPM" and image.mode != "F"
     if image.format == "PNG":
         is_usual = "transparency" not in image.info
@@ -437,7 +439,8 @@ def encode(vae, images):
     """Images (n, 3, H, W) uint8 -> rows of the cache: (n, 1, 3, H, W), the images themselves.
 
     With a VAE: scaled latents, plain and mirrored, (n, 2, C, h, w) fp16, because a mirrored latent
-    does not decode to the mirrored image. They are means of the posterior, of which DiT draws.
+    does not decode to the mirrored image. We take the posterior's mean; DiT draws a sample. The
+    cache's header names the VAE and its scale.
     """
     if vae is None:
         return images[:, None]
@@ -487,7 +490,7 @@ def draw_batch(run, step):
     Everything random is a function of (seed, step), and every process draws the numbers of the
     whole batch, of which it keeps its slice. So no random state is saved. A resumed run equals an
     uninterrupted one, on one CPU process to the bit; more processes, or other micro-batches, add
-    in another order. --batch may not change in a run.
+    in another order. So --batch may not change in a run (resumed_settings says what may).
     """
     data = run.data
     seed = run.settings.seed
@@ -523,8 +526,9 @@ def draw_timesteps(n, diffusion, rng):
     For v: logSNR is drawn from a normal distribution, with mean -2 and standard deviation 2.5; one
     timestep in twenty is drawn uniformly. Most fall between t = 200 and 800, where a picture's
     layout is decided: a short training has no time for nearly clean images, or nearly pure noise.
-    The normal numbers are made of uniform ones, which image i of the batch draws between i / n and
-    (i + 1) / n (stratified sampling), so each batch has all noise levels.
+    The loss is not divided by this density. Image i of the batch draws a uniform number between
+    i / n and (i + 1) / n (stratified sampling), which the inverse of the normal distribution
+    function, ndtri, makes normal: so each batch has all noise levels.
     """
     if diffusion.prediction == "eps":
         return torch.randint(NUM_TIMESTEPS, (n,), generator=rng)
@@ -536,7 +540,7 @@ def draw_timesteps(n, diffusion, rng):
 
 
 def find_timesteps(log_snr, diffusion):
-    """The last timestep at which log(acp / (1 - acp)) is at least log_snr (n,), or 0 -> (n,)
+    """The last timestep at which log(acp / (1 - acp)) is at least log_snr (n,), else 0 -> (n,)
 
     >>> log_snr = torch.tensor([10.0, 3.0, -2.0, -7.0, -12.0], dtype=torch.float64)
     >>> find_timesteps(log_snr, GaussianDiffusion()).tolist()
@@ -553,7 +557,8 @@ def find_timesteps(log_snr, diffusion):
 
 
 def make_optimizer(model, settings):
-    """AdamW. Alphas learn at a fifth of the rate: one of them scales a whole layer.
+    """AdamW. Alphas learn at a fifth of the rate, because one of them scales a whole layer. (In the
+    demo the full rate does as well: tests/RESULTS.md.)
 
     Weight decay is for the blocks' matrices. It leaves their codes as they are, since gamma shrinks
     with the weights. But Adam moves a weight by about lr a step, however small it is. At lr = 0.001
@@ -585,8 +590,8 @@ def make_optimizer(model, settings):
 def update_average(run):
     """Update the moving average of the latent weights, which save_state ternarizes and exports.
 
-    It averages out what single steps change at random: little where the rate falls to 1%, as it
-    does here (tests/RESULTS.md). Its decay grows: with the full decay from the start, a short run
+    It averages out the noise of single steps. Here that gains little, since the rate falls to 1%
+    anyway (tests/RESULTS.md). Its decay grows: with the full decay from the start, a short run
     would export mostly its first, random weights.
     """
     decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step))
@@ -980,8 +985,8 @@ def full_tensor(x):
 
 
 def shard_model(model, device):
-    """Move a model to its device. Each of many processes holds a part of it (FSDP2): of 20 bytes a
-    parameter (see warn_of_memory), besides activations and the block that is at work.
+    """Move a model to its device. Each of n processes holds a part of it (FSDP2): 1/n of 20 bytes a
+    parameter (see warn_of_memory), its own activations, and one whole block at a time.
 
     Matrices are gathered whole, and in fp32: so mean|W| and the codes are those of packing.
     Gathered in bf16 (MixedPrecisionPolicy), some weights would round to other codes.
@@ -1062,7 +1067,8 @@ def save_state(run):
     """Write the averaged model, then the state; the last two states are kept.
 
     After a kill between the two, the run goes on from the older state to the same model. Tensors
-    are gathered one by one, into rank 0's memory.
+    are gathered one by one, into rank 0's memory. (That takes minutes for a large model: torchrun
+    --shutdown-timeout 1800 leaves it the time after a stop.)
     """
     is_first = ranks()[0] == 0
     tensors = {}
