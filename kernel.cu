@@ -25,7 +25,8 @@
 
 #ifndef CPU  // With -DCPU only the last section is compiled, by g++.
 #ifdef CPU_EMULATION
-// To run without a GPU: plain C++ for CUDA's headers and for what is #ifndef CPU_EMULATION.
+// To test without a GPU: C++ for CUDA's headers and for what is #ifndef CPU_EMULATION. (terdit.py
+// runs the last section on a CPU.)
 #include "tests/cpu_emulation.h"
 #else
 #include <cuda_bf16.h>

@@ -74,9 +74,9 @@ def main(argv=None):
             n_heads=config.n_heads,
             vae=config.vae,
             dtype=args.dtype,
-            checksum=checksum(model),  # wherever its file lies
+            checksum=checksum(model),  # of the weights: their file may move
         )
-        labels = torch.tensor(class_numbers(names))[classes].numpy()
+        labels = torch.tensor(class_numbers(names))[classes].numpy()  # the data set's own
         n_drawn = sample_npz(args.out, draw_images, labels, settings)
     else:
         columns = min(len(classes), n)
@@ -112,7 +112,7 @@ def sample_latents(
     """The guided denoising loop: labels y (n,) -> x_0 (n, C, H, W) fp32.
 
     index (n,): each image's number. Its noise is a function of the seed and this number, so it does
-    not depend on the batch. (Last bits may: a matmul of another height rounds otherwise.)
+    not depend on the batch. (Rounding does: matmuls of another height add in another order.)
     """
     config = model.config
     device = next(model.parameters()).device
@@ -443,7 +443,7 @@ def parse_args(argv=None):
     flag(
         "--dtype",
         choices=DTYPES,
-        help="of ternary products; default bf16 on a GPU; on a CPU fp32, for latents int8",
+        help="of ternary products; default bf16 on a GPU; on a CPU fp32, for latents int8 if fast",
     )
     flag("--vae", help="take this VAE (name or folder), not the one that the checkpoint names")
     flag("--n-heads", type=number(int, 1), help="of a released model, if they are not 32")

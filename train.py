@@ -125,7 +125,7 @@ def train_step(run, batch, progress):
     # Parts of the batch take less memory. backward() adds up their gradients.
     for part in batch.split(settings.micro_batch, settings.device):
         part_loss = batch_losses(run, run.model, part).sum() / settings.batch
-        # Gradients must be summed over processes; FSDP takes their mean.
+        # Gradients must be summed over processes. FSDP takes their mean, hence the factor.
         (part_loss * world).backward()
         loss += part_loss.detach()
         progress.add(len(part.t) * world, what)
@@ -160,9 +160,9 @@ def batch_losses(run, model, batch):
 def list_images(folder, out=None):
     """-> names of the classes, and [[path within the folder, label], ...].
 
-    A subfolder with images is a class. A folder is read once, even if several links lead to it.
-    Links are followed after the real folders, so an image belongs to its real class. `out`, the run
-    folder, is left out: it holds grids. Raises ValueError or OSError if no data set is found.
+    A subfolder with images is a class. A folder is read once. Links are followed after the real
+    folders, so an image belongs to its real class. `out`, the run folder, is left out: it holds
+    grids. ValueError, OSError: no data set is found.
     """
     if not folder.is_dir():
         raise ValueError(f"--data {folder}: no such folder")
@@ -312,7 +312,8 @@ class Rows:
 def load_images(settings, rows):
     """Fill the cache -> Data.
 
-    One image in 100 is held out, at most 256. Every class keeps at least one to learn from.
+    One image in 100, drawn by the seed, is held out, at most 256. Every class keeps at least one to
+    learn from.
     """
     fill_cache(settings, rows)
     names = rows.header["class_names"]
@@ -389,28 +390,26 @@ def check_16_bits(image):
 
 
 def read_image(path, size):
-    """load_image, or None for a file that is no picture, which is named.
-
-    MemoryError, OSError: the picture may be good, so it must not be left out for good.
-    """
+    """load_image, or None for a file that is no picture, which is named. MemoryError, OSError: the
+    picture may be good."""
     try:
         return load_image(path, size)
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise whatever they like on damaged files
-        # An error with a number is the system's, and the picture may be good. But EINVAL is the
-        # picture's fault: it sends the decoder to a place before its start.
+        # An error with a number is the system's. But EINVAL is a damaged picture's: a wrong offset.
         is_deleted = isinstance(e, FileNotFoundError) and path.parent.is_dir()
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL) and not is_deleted:
             raise
-        # Decoders call it damage, too, if memory is short. Then this gigabyte raises MemoryError.
+        # Short memory looks like damage. Then this gigabyte raises MemoryError.
         np.empty(1 << 30, np.uint8)
         sys.stderr.write(f"{path}: left out ({type(e).__name__}: {first_line(e)})\n")
         return None
 
 
 def load_image(path, size):
-    """What Pillow reads -> uint8 (3, size, size): upright, RGB on white, centre-cropped as ADM."""
+    """What Pillow reads -> uint8 (3, size, size), always RGB: upright, on white, centre-cropped as
+    ADM. fill_cache calls it, then encode."""
     with Image.open(path) as image:
         if image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))  # decode no larger than needed
@@ -490,7 +489,7 @@ def draw_batch(run, step):
     Everything random is a function of (seed, step), and every process draws the numbers of the
     whole batch, of which it keeps its slice. So no random state is saved. A resumed run equals an
     uninterrupted one, on one CPU process to the bit; more processes, or other micro-batches, add
-    in another order. So --batch may not change in a run (resumed_settings says what may).
+    in another order. --batch decides what a step sees, so it may not change in a run.
     """
     data = run.data
     seed = run.settings.seed
@@ -526,9 +525,8 @@ def draw_timesteps(n, diffusion, rng):
     For v: logSNR is drawn from a normal distribution, with mean -2 and standard deviation 2.5; one
     timestep in twenty is drawn uniformly. Most fall between t = 200 and 800, where a picture's
     layout is decided: a short training has no time for nearly clean images, or nearly pure noise.
-    The loss is not divided by this density. Image i of the batch draws a uniform number between
-    i / n and (i + 1) / n (stratified sampling), which the inverse of the normal distribution
-    function, ndtri, makes normal: so each batch has all noise levels.
+    The loss is not divided by this density. Image i of the batch draws a quantile between i / n and
+    (i + 1) / n, so each batch has all noise levels; ndtri turns it into a normal number.
     """
     if diffusion.prediction == "eps":
         return torch.randint(NUM_TIMESTEPS, (n,), generator=rng)
@@ -540,7 +538,8 @@ def draw_timesteps(n, diffusion, rng):
 
 
 def find_timesteps(log_snr, diffusion):
-    """The last timestep at which log(acp / (1 - acp)) is at least log_snr (n,), else 0 -> (n,)
+    """The last t where log(acp / (1 - acp)), which falls with t, is at least log_snr (n,); 0 if it
+    never is -> (n,)
 
     >>> log_snr = torch.tensor([10.0, 3.0, -2.0, -7.0, -12.0], dtype=torch.float64)
     >>> find_timesteps(log_snr, GaussianDiffusion()).tolist()
@@ -560,10 +559,10 @@ def make_optimizer(model, settings):
     """AdamW. Alphas learn at a fifth of the rate, because one of them scales a whole layer. (In the
     demo the full rate does as well: tests/RESULTS.md.)
 
-    Weight decay is for the blocks' matrices. It leaves their codes as they are, since gamma shrinks
-    with the weights. But Adam moves a weight by about lr a step, however small it is. At lr = 0.001
-    a weight of 0.05 comes to 0 in 50 steps; one that has decayed to 0.025, in 25. So with decay,
-    codes go on flipping until the rate falls.
+    Weight decay is for the blocks' matrices. It shrinks weights and gamma alike, so alone it flips
+    no code. But Adam moves a weight by about lr a step, however small it is. At lr = 0.001 a weight
+    of 0.05 crosses 0 after 50 steps; one that has decayed to 0.025, after 25. So with decay, codes
+    go on flipping until the rate falls.
     """
     alphas = dict(params=[], lr_scale=0.2, weight_decay=0.0)
     matrices = dict(params=[], lr_scale=1.0, weight_decay=settings.weight_decay)
@@ -906,7 +905,7 @@ def warn_of_memory(config, settings):
     """A run on a CPU that does not fit is killed without a word.
 
     Weights, gradients, AdamW's two moments and averages are 20 bytes a parameter. With activations
-    600M took 16.1 GB at one image at a time, and 18.1 GB at four: 30 bytes.
+    600M took 18.1 GB at four images at a time: 30 bytes.
     """
     meminfo = Path("/proc/meminfo")
     if settings.device != "cpu" or not meminfo.is_file():
@@ -1006,7 +1005,7 @@ def shard_model(model, device):
 
 @torch.no_grad()
 def fill_tensors(tensors, values):
-    """Copy rank 0's `values` into the tensors of the same names, whose parts lie anywhere."""
+    """Copy rank 0's `values` into tensors of the same names, sharded or not."""
     for name, tensor in tensors.items():
         if ranks()[0] == 0:
             value = values[name].to(tensor.device)
@@ -1064,10 +1063,11 @@ def run_tensors(run):
 
 
 def save_state(run):
-    """Write the averaged model, then the state; the last two states are kept.
+    """Write the averaged model, then the state; the last two states are kept. No random state is in
+    it, since draw_batch needs none, so a run may go on with another number of processes.
 
     After a kill between the two, the run goes on from the older state to the same model. Tensors
-    are gathered one by one, into rank 0's memory. (That takes minutes for a large model: torchrun
+    are gathered one by one, into rank 0's memory. (A large model takes minutes: torchrun
     --shutdown-timeout 1800 leaves it the time after a stop.)
     """
     is_first = ranks()[0] == 0
@@ -1132,7 +1132,8 @@ class Log:
     """log.csv: a row every ten steps, and at every save. A resumed run removes rows past its step.
 
         loss, images_per_s   mean of the steps since the last row
-        val_loss             of the averaged model on images held out: see validate
+        val_loss             of the averaged model on images held out, at all timesteps alike (see
+                             validate): not to compare with loss, whose timesteps are drawn
         lr, grad_norm        of the row's last step; the norm before clipping
         zero, flipped        share of codes that are 0; that changed in the last 100 steps, or
                              since the run went on
@@ -1207,11 +1208,8 @@ def sample_codes(model):
 
 @torch.no_grad()
 def validate(run):
-    """Loss of the averaged model on at most 4 batches of images held out.
-
-    Noise and timesteps are the same each time. Few images are seen at several timesteps, so that
-    there are at least 64.
-    """
+    """Loss of the averaged model on at most 4 batches of images held out, with the same noise and
+    timesteps each time. Few images are seen several times, so that there are at least 64."""
     x0, y = [z[: 4 * run.settings.batch] for z in run.data.held_out]
     times = math.ceil(64 / len(y))
     x0 = x0.repeat(times, 1, 1, 1)
@@ -1286,7 +1284,8 @@ def init_from(model, source, path):
 
     Codes become latent weights of +-|alpha| and 0, which round back to them. From full precision
     alphas start at mean|W|, and the RMS Norm's gain keeps the size of the adaLN outputs. Other
-    classes get a new label table. ValueError: the models have other shapes.
+    classes get a new label table. Optimizer, average and step start anew. ValueError: the models
+    have other shapes; so have images of another size in a model with pos_embed.
     """
     ours = model.state_dict()
     theirs = source.state_dict()
@@ -1320,7 +1319,7 @@ def init_from(model, source, path):
 
 
 def load_digits(settings):
-    """-> Data of the embedded digits: 12,000 to learn from, 256 others held out."""
+    """-> Data of the embedded digits, drawn with Pillow's font: 12,000 to learn from, and 256."""
     x, labels = digits(12000, settings.image_size, settings.seed)
     held_out = digits(256, settings.image_size, settings.seed + 1)
     pixels = to_uint8(x)[:, None].numpy()  # (n, 1, 3, H, W)

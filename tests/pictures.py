@@ -38,7 +38,7 @@ def draw_curves(folder):
     steps, loss = read_column(log, "loss")
     smooth = np.convolve(loss, np.ones(9) / 9, "valid")
     lines = {"loss, means of nine rows of log.csv": (steps[4:-4], smooth)}
-    lines["val_loss, of the averaged model on images held out"] = read_column(log, "val_loss")
+    lines["val_loss, on images held out, at all timesteps alike"] = read_column(log, "val_loss")
     steps, flipped = read_column(log, "flipped")
     flips = {"flipped, % of the codes in 100 steps": (steps, [100 * share for share in flipped])}
     panels = [Panel("loss", "step", lines), Panel("flipped codes, %", "step", flips, log=False)]

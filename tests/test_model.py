@@ -112,6 +112,8 @@ def test_images_of_a_batch_do_not_see_each_other():
 @pytest.mark.parametrize("change, message", [
     (dict(n_heads=5), "n_heads=5"),
     (dict(n_heads=-4), "n_heads=-4"),
+    (dict(dim=90, n_heads=9), "dim=90, ffn_dim=240: 4 must divide both to pack"),
+    (dict(multiple_of=1, dim=40), "dim=40, ffn_dim=106: 4 must divide both to pack"),
     (dict(alpha_start="zero"), "'absmean' or 'random'"),
     (dict(input_size=9), "image size 9 is not a multiple of the patch size 2"),
     (dict(prediction="x0"), "'eps' or 'v'"),
