@@ -858,9 +858,9 @@ def packed_linear(x, weight, alphas, bias, dtype, is_adaln=False):
 def in_dtype(model, dtype):
     """Set the dtype of the products with packed weights: fp32, bf16 or int8. -> the model
 
-    Under int8 adaLN's projections stay in fp32, because they steer whole blocks and would cause
-    most of its error. Their outputs are bf16 otherwise, so attention and SwiGLU are too; norms and
-    the residual stream are fp32. A full-precision model is put in dtype as a whole, but ValueError
+    In bf16 and int8 the products are bf16, and so attention and SwiGLU; norms and the residual
+    stream stay in fp32. So do adaLN's projections under int8, because they steer whole blocks and
+    would cause most of its error. A full-precision model is put in dtype as a whole, but ValueError
     for int8.
     """
     if not model.config.ternary:

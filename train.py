@@ -7,9 +7,16 @@
     python train.py --init FULL.pt                         ternary from full precision
     python train.py --out RUN                              go on with a run that was stopped
 
-Sections 1 to 3 are the lesson: the loop, the way of a picture from its file into a batch, the
-optimizer. What comes before the loop is `setup` in section 4: open_cache, load_images (for the
-demo load_digits, in section 9), DiT, Run. save_state in section 6 packs and exports the model.
+    1. train, train_step        the loop
+    2. load_image, draw_batch   the way of a picture: folder -> list -> cache -> batch
+    3. make_optimizer           weight decay, average, learning rate
+                                Skip the rest on first reading:
+    4. TrainConfig, setup       flags, the sizes' recipes; what a resumed run may change
+    5. shard_model              many processes, and their memory (FSDP2)
+    6. save_state               what a state holds; packing and export
+    7. Log, validate            log.csv, images held out, grids, signals
+    8. init_from                --init
+    9. digits                   the embedded digits
 
 Sections 1 to 3 use helpers: generator, Progress, load_vae and from_uint8 are in sample.py; ranks,
 barrier, all_sum and full_tensor in section 5 do nothing where there is one process.
