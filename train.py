@@ -694,7 +694,8 @@ RECIPES = {
 def parse_args(argv=None):
     """-> dict of the settings that the command names, with `out`. Paths are absolute."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.partition("    1. ")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for f in fields(TrainConfig):
         options = dict(type=f.type, default=argparse.SUPPRESS, help=f.metadata["help"])
