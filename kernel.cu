@@ -19,8 +19,8 @@
 //   small_batch  up to 16 tokens, where reading the weights takes most of the time
 //   mma          tensor cores of sm_80 and later
 //   wgmma        tensor cores of Hopper, sm_90a
-// A first evening with it ends with small_batch, a second one with mma and the host's part. No GPU
-// has timed these kernels yet: "why fast" says what is expected.
+// The host's part chooses (ternary_linear). A first evening ends with small_batch, a second with
+// mma and the host's part. No GPU has timed them yet: "why fast" says what is expected.
 #include <stdint.h>
 
 #ifndef CPU  // With -DCPU only the last section is compiled, by g++.

@@ -76,7 +76,7 @@ def main(argv=None):
             dtype=args.dtype,
             checksum=checksum(model),  # of the weights: their file may move
         )
-        labels = torch.tensor(class_numbers(names))[classes].numpy()  # the data set's own
+        labels = torch.tensor(class_numbers(names))[classes].numpy()  # the data set's own numbers
         n_drawn = sample_npz(args.out, draw_images, labels, settings)
     else:
         columns = min(len(classes), n)
@@ -130,6 +130,7 @@ def sample_latents(
         if cfg_scale == 1:
             out = model(x, t, y)
         else:
+            # One batch, uncond + cfg_scale * (cond - uncond). Upstream's signature wants x twice.
             twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
             out = model.forward_with_cfg(*twice, cfg_scale, guided_channels)[: len(x)]
         if progress:
@@ -425,7 +426,7 @@ def parse_args(argv=None):
         default=1.5,
         help="guidance: 1 is none, 4 gives clear shapes and strong colours (default 1.5)",
     )
-    flag("--guided-channels", type=number(int, 1), help="guide N of them; default all; upstream 3")
+    flag("--guided-channels", type=number(int, 1), help="guide the first N alone; upstream 3")
     flag(
         "--steps",
         type=number(int, 1, NUM_TIMESTEPS),

@@ -139,7 +139,8 @@ def ternarize(weight, gamma=None):
     weight (N, K) float -> codes, same shape and dtype: clip(round(weight / gamma), -1, 1), where
     gamma = mean|weight| + eps. So a weight smaller than half of gamma becomes 0: a quarter of them
     at the start, where weights are uniform. With max|weight| one large weight would make most
-    others 0. Pass gamma if `weight` is a part of a sharded matrix. TernaryWeight adds the gradient.
+    others 0. (Only sample_codes passes gamma, for a part of a matrix.) TernaryWeight adds the
+    gradient.
 
     >>> ternarize(torch.tensor([[0.30, -0.80], [0.05, 0.85]])).tolist()  # gamma is 0.5
     [[1.0, -1.0], [0.0, 1.0]]
@@ -156,10 +157,10 @@ class TernaryWeight(torch.autograd.Function):
 
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The
     *straight-through estimator* pretends codes = weight, also where they are clipped. So codes *
-    alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. (The
-    mean slope of codes is some 1 / gamma. Like upstream, we leave it out: Adam ignores the scale of
-    a gradient.) The optimizer moves the latent weight in full precision, and its code flips when it
-    has moved far enough.
+    alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas, which
+    may turn negative. (The line through the steps of codes has a slope of some 1 / gamma. Like
+    upstream, we leave this factor out: Adam cancels it.) The optimizer moves the latent weight in
+    full precision, and its code flips when it has moved far enough.
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)
     >>> alphas = torch.tensor([2.0], requires_grad=True)
@@ -189,9 +190,9 @@ class TernaryLinear(nn.Module):
     """A linear layer, x (..., K) -> (..., N), ternary in the forward pass.
 
     `weight` (N, K) latent; `bias` (N,) or None; `alphas` (1,) the one scale, upstream's name. It is
-    learned, where BitNet takes mean|W|: so the output need not shrink or grow with the latent
-    weights. x is not quantized (for sampling it may be: int8_linear_plain). Autocast casts codes *
-    alphas to bf16. That rounds alpha; the codes stay exact.
+    learned, where BitNet takes mean|W|: so latent weights may decay without a smaller output. x is
+    not quantized (for sampling it may be: int8_linear_plain). Autocast casts codes * alphas to
+    bf16. That rounds alpha; the codes stay exact.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -352,11 +353,13 @@ class TransformerBlock(nn.Module):
 
     The norm's gain starts at 0. So all six vectors are 0, the gates are closed, and every block
     starts as the identity (adaLN-Zero). They open slowly. At step 1 only the final linear has a
-    gradient, since it starts at 0, too; at step 2 the gain of the gates; at step 3 all the rest.
+    gradient, since it starts at 0, too. At step 2 the gain is the first in the blocks that has one,
+    at step 3 everything has.
 
-    DiT and upstream start the projection's weights at 0 instead. Ternary weights must not start
-    there. From 0, Adam's first update moves each weight by the same lr. Then every |W| is mean|W|,
-    every code is +-1, however small lr is, and all gates open at once.
+    DiT and upstream start the projection's weights at 0 instead. With a gain of 0, too, neither of
+    the two zeros would ever get a gradient. With a gain of 1, Adam's first update moves each weight
+    from 0 by the same lr. Then every |W| is mean|W|, every code is +-1, however small lr is, and
+    all gates open at once.
 
     >>> weight = torch.zeros(1, 3) + 0.0001 * torch.tensor([[1.0, -1.0, -1.0]])  # lr = 0.0001
     >>> ternarize(weight).tolist()
@@ -463,8 +466,8 @@ class DiT(nn.Module):
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, T, C * p * p)
 
     def unpatchify(self, x, height):
-        # A patch is (p, p, C) here, but (C, p, p) in patchify, since DiT embeds patches by a
-        # convolution, whose weights are (C, p, p). Checkpoints rely on both.
+        # The final layer's outputs are (p, p, C), x_embedder's inputs (C, p, p), as those of DiT's
+        # convolution. Checkpoints rely on both.
         p = self.config.patch_size
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (height // p, -1))  # (B, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (B, C, H, W)
@@ -516,9 +519,9 @@ class GaussianDiffusion:
     NUM_TIMESTEPS.
 
     prediction: what the model's first C channels mean: "eps", the noise, as in the paper, or "v"
-    (see v_rotation). At noisy timesteps, where layout is decided, x_t is nearly eps. So a model of
-    eps has a small loss if it copies its input, and learns little of layout. But v is nearly -x0,
-    the picture itself. train.py draws other timesteps for v.
+    (see v_rotation). Where t is large, x_t is nearly eps, so a model of eps has a small loss if it
+    copies its input, and learns little of layout. There v is nearly -x0, the picture itself.
+    train.py draws other timesteps for v.
     """
 
     def __init__(self, steps=NUM_TIMESTEPS, prediction="eps"):
@@ -583,9 +586,9 @@ class GaussianDiffusion:
     def p_mean_variance(self, model_out, x, t, clip_denoised=False):
         """Read the model's output (B, 2C or C, H, W) at x (B, C, H, W), t (B,).
 
-        -> dict of mean and log_variance of p(x_{t-1} | x_t), and pred_xstart. The sigma channels
-        blend the log variance: -1 is the posterior's, +1 is beta's (Improved DDPM eq. 15). Without
-        them, as in the demo, it is the posterior's.
+        -> dict of mean and log_variance of p(x_{t-1} | x_t), and pred_xstart. A sigma channel of -1
+        gives the posterior's log variance, +1 gives log(beta) (Improved DDPM eq. 15). Without them,
+        as in the demo, it is the posterior's.
         """
         model_out = model_out.float()
         n_channels = x.shape[1]
@@ -666,7 +669,7 @@ class GaussianDiffusion:
 
         Second order takes the x0 of lambda + h / 2 instead, on the straight line through the last
         two predictions. The first step has no two. In the step to i = 0 acp jumps to almost 1, and
-        h is too large to extrapolate.
+        h is too large to extrapolate. So these two are of first order. Steps are even in t.
         """
         sigma = self.sqrt_one_minus_alphas_cumprod
         lambdas = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
@@ -736,7 +739,8 @@ def discretized_gaussian_nll(x, mean, log_scale):
 
 
 def pack_ternary(codes):
-    """codes (N, K) in {-1, 0, 1}, any dtype -> (N/4, K) uint8, in upstream's byte layout.
+    """codes (N, K) in {-1, 0, 1}, any dtype -> (N/4, K) uint8, in upstream's byte layout, where a
+    shift and a mask unpack a quarter of the rows.
 
     The N outputs are split into quarters of n = N/4. Byte [r, c] holds four codes of input c. Each
     has 1 added: -1, 0, 1 become 0, 1, 2, which fit into 2 bits.

@@ -94,7 +94,7 @@ def train(run):
     while run.step < settings.steps and not stopped:
         start = time.monotonic()
         batch = upcoming.result()  # a function of (seed, step)
-        upcoming = pool.submit(draw_batch, run, run.step + 1)  # by a thread, during this step
+        upcoming = pool.submit(draw_batch, run, run.step + 1)  # the next, during this step
         lr = set_learning_rate(run.optimizer, settings, run.step)
         run.stats = train_step(run, batch, progress)
         run.step += 1
@@ -161,7 +161,7 @@ def batch_losses(run, model, batch):
 # --------------------------------------------------------------------------------------------------
 # 2. The way of a picture: folder -> list -> cache -> batch
 #
-# A first reading may begin at load_image: all before it serves links, stops and full disks.
+# A first reading may begin at load_image: before it, images are listed, cached and held out.
 
 
 def list_images(folder, out=None):
@@ -416,7 +416,7 @@ def read_image(path, size):
 
 def load_image(path, size):
     """What Pillow reads -> uint8 (3, size, size), always RGB: upright, on white, centre-cropped as
-    ADM. fill_cache calls it, then encode."""
+    ADM. fill_cache calls read_image, which calls this, and then encode."""
     with Image.open(path) as image:
         if image.format == "JPEG":
             image.draft("RGB", (2 * size, 2 * size))  # decode no larger than needed
@@ -481,7 +481,7 @@ class Data:
 class Batch(NamedTuple):
     x0: torch.Tensor  # (B, C, H, W) in [-1, 1], or latents
     t: torch.Tensor  # (B,) int64
-    y: torch.Tensor  # (B,) int64; some are dropped: num_classes, the null label of guidance
+    y: torch.Tensor  # (B,) int64; one in ten is dropped: num_classes, the null label of guidance
     noise: torch.Tensor  # (B, C, H, W)
 
     def split(self, n, device):
@@ -532,8 +532,9 @@ def draw_timesteps(n, diffusion, rng):
     For v: logSNR is drawn from a normal distribution, with mean -2 and standard deviation 2.5; one
     timestep in twenty is drawn uniformly. Most fall between t = 200 and 800, where a picture's
     layout is decided: a short training has no time for nearly clean images, or nearly pure noise.
-    The loss is not divided by this density. Image i of the batch draws a quantile between i / n and
-    (i + 1) / n, so each batch has all noise levels; ndtri turns it into a normal number.
+    The loss is not divided by this density, so it is not DDPM's average over t. Image i of the
+    batch draws a quantile between i / n and (i + 1) / n, so each batch has all noise levels. ndtri,
+    the inverse of the normal distribution function, turns it into a normal number.
     """
     if diffusion.prediction == "eps":
         return torch.randint(NUM_TIMESTEPS, (n,), generator=rng)
@@ -545,8 +546,8 @@ def draw_timesteps(n, diffusion, rng):
 
 
 def find_timesteps(log_snr, diffusion):
-    """The last t where log(acp / (1 - acp)), which falls with t, is at least log_snr (n,); 0 if it
-    never is -> (n,)
+    """For each log_snr (n,) the largest t whose log(acp / (1 - acp)) is still at least that; 0 if
+    there is none -> (n,)
 
     >>> log_snr = torch.tensor([10.0, 3.0, -2.0, -7.0, -12.0], dtype=torch.float64)
     >>> find_timesteps(log_snr, GaussianDiffusion()).tolist()
@@ -554,8 +555,8 @@ def find_timesteps(log_snr, diffusion):
     """
     acp = torch.from_numpy(diffusion.alphas_cumprod)  # (1000,), it falls
     table = torch.log(acp / (1 - acp))
-    n_greater = (table >= log_snr[:, None]).sum(1)  # these are the first ones
-    return (n_greater - 1).clamp(min=0)
+    n_at_least = (table >= log_snr[:, None]).sum(1)  # these are the first ones
+    return (n_at_least - 1).clamp(min=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -567,9 +568,9 @@ def make_optimizer(model, settings):
     demo the full rate does as well: tests/RESULTS.md.)
 
     Weight decay is for the blocks' matrices. It shrinks weights and gamma alike, so alone it flips
-    no code. But Adam moves a weight by about lr a step, however small it is. At lr = 0.001 a weight
-    of 0.05 crosses 0 after 50 steps; one that has decayed to 0.025, after 25. So with decay, codes
-    go on flipping until the rate falls.
+    no code. But Adam's steps stay at about lr. A weight goes through the 0s, from -gamma / 2 to
+    gamma / 2, in 50 steps if lr = 0.001 and gamma = 0.05, and in 25 once gamma has decayed to
+    0.025. So with decay, codes go on flipping until the rate falls.
     """
     alphas = dict(params=[], lr_scale=0.2, weight_decay=0.0)
     matrices = dict(params=[], lr_scale=1.0, weight_decay=settings.weight_decay)
@@ -594,7 +595,7 @@ def make_optimizer(model, settings):
 
 @torch.no_grad()
 def update_average(run):
-    """Update the moving average of the latent weights, which save_state ternarizes and exports.
+    """Update the moving average of all parameters, which save_state ternarizes and exports.
 
     It averages out the noise of single steps. Here that gains little, since the rate falls to 1%
     anyway (tests/RESULTS.md). Its decay grows: with the full decay from the start, a short run
@@ -993,7 +994,8 @@ def full_tensor(x):
 
 def shard_model(model, device):
     """Move a model to its device. Each of n processes holds a part of it (FSDP2): 1/n of 20 bytes a
-    parameter (see warn_of_memory), its own activations, and one whole block at a time.
+    parameter (see warn_of_memory), its own activations, and one whole block at a time. backward()
+    averages the gradients over them.
 
     Matrices are gathered whole, and in fp32: so mean|W| and the codes are those of packing.
     Gathered in bf16 (MixedPrecisionPolicy), some weights would round to other codes.
