@@ -604,9 +604,10 @@ class GaussianDiffusion:
     def training_losses(self, model, x0, t, y, noise):
         """Loss of model(x_t, timestep, y) for x0 (B, C, H, W), t (B,) int64, y (B,) int64.
 
-        -> dict of (B,) tensors: `mse`, DDPM's simple loss; with sigma channels also `vb`, the
-        variational bound in bits a dimension; `loss`, the sum. The gradient of vb is noisy, so it
-        trains the sigma channels alone: the prediction is detached (Improved DDPM 3.1).
+        -> dict of (B,) tensors: `mse`, the mean of (noise - prediction)^2, DDPM's simple loss (eq.
+        14), or of (v - prediction)^2; with sigma channels also `vb`, the variational bound in bits
+        a dimension; `loss`, the sum. The gradient of vb is noisy, so it trains the sigma channels
+        alone: the prediction is detached (Improved DDPM 3.1).
         """
         x = self.q_sample(x0, t, noise)
         timesteps = torch.from_numpy(self.timestep_map).to(t.device)[t]
