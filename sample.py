@@ -130,7 +130,7 @@ def sample_latents(
         if cfg_scale == 1:
             out = model(x, t, y)
         else:
-            # One batch, uncond + cfg_scale * (cond - uncond). Upstream's signature wants x twice.
+            # In one batch: uncond + cfg_scale * (cond - uncond). Upstream's form takes x twice.
             twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
             out = model.forward_with_cfg(*twice, cfg_scale, guided_channels)[: len(x)]
         if progress:

@@ -138,8 +138,8 @@ def ternarize(weight, gamma=None):
 
     weight (N, K) float -> codes, same shape and dtype: clip(round(weight / gamma), -1, 1), where
     gamma = mean|weight| + eps. So a weight smaller than half of gamma becomes 0: a quarter of them
-    at the start, where weights are uniform. With max|weight| one large weight would make most
-    others 0. (Only sample_codes passes gamma, for a part of a matrix.) TernaryWeight adds the
+    at the start, where weights are uniform. If gamma were max|weight|, one large weight would make
+    most others 0. (Only sample_codes passes gamma, for a part of a matrix.) TernaryWeight adds the
     gradient.
 
     >>> ternarize(torch.tensor([[0.30, -0.80], [0.05, 0.85]])).tolist()  # gamma is 0.5
@@ -158,8 +158,8 @@ class TernaryWeight(torch.autograd.Function):
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The
     *straight-through estimator* pretends codes = weight, also where they are clipped. So codes *
     alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas, which
-    may turn negative. (The line through the steps of codes has a slope of some 1 / gamma. Like
-    upstream, we leave this factor out: Adam cancels it.) The optimizer moves the latent weight in
+    may turn negative. (The staircase of codes rises by about 1 / gamma. Like upstream, we
+    leave this factor out: Adam cancels it.) The optimizer moves the latent weight in
     full precision, and its code flips when it has moved far enough.
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)
@@ -217,7 +217,7 @@ def modulate(x, shift, scale):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Computes in its weight's dtype, fp32, even where autocast made x bf16."""
+    """Computes in its weight's dtype (fp32 in training), even where autocast made x bf16."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -356,10 +356,10 @@ class TransformerBlock(nn.Module):
     gradient, since it starts at 0, too. At step 2 the gain is the first in the blocks that has one,
     at step 3 everything has.
 
-    DiT and upstream start the projection's weights at 0 instead. With a gain of 0, too, neither of
-    the two zeros would ever get a gradient. With a gain of 1, Adam's first update moves each weight
-    from 0 by the same lr. Then every |W| is mean|W|, every code is +-1, however small lr is, and
-    all gates open at once.
+    DiT and upstream start the projection's weights at 0 instead. If the gain were 0, too, neither
+    would ever get a gradient. With a gain of 1, Adam's first update moves the gates' weights from
+    0, all by about the same amount. So all their codes are +-1, however small lr is, and all gates
+    open at once.
 
     >>> weight = torch.zeros(1, 3) + 0.0001 * torch.tensor([[1.0, -1.0, -1.0]])  # lr = 0.0001
     >>> ternarize(weight).tolist()
@@ -669,8 +669,9 @@ class GaussianDiffusion:
         '0.632 x + 0.447 x0'
 
         Second order takes the x0 of lambda + h / 2 instead, on the straight line through the last
-        two predictions. The first step has no two. In the step to i = 0 acp jumps to almost 1, and
-        h is too large to extrapolate. So these two are of first order. Steps are even in t.
+        two predictions. The first step has one. In the step to i = 0 acp jumps to almost 1, and
+        h is too large to extrapolate. So these two are of first order. Steps are evenly
+        spaced in t.
         """
         sigma = self.sqrt_one_minus_alphas_cumprod
         lambdas = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
@@ -863,10 +864,10 @@ def packed_linear(x, weight, alphas, bias, dtype, is_adaln=False):
 def in_dtype(model, dtype):
     """Set the dtype of the products with packed weights: fp32, bf16 or int8. -> the model
 
-    In bf16 and int8 the products are bf16, and so attention and SwiGLU; norms and the residual
-    stream stay in fp32. So do adaLN's projections under int8, because they steer whole blocks and
-    would cause most of its error. A full-precision model is put in dtype as a whole, but ValueError
-    for int8.
+    In bf16 and int8 the products of many tokens are bf16, and so attention and SwiGLU; norms and
+    the residual stream stay in fp32. So do adaLN's projections under int8, because they steer whole
+    blocks and would cause most of its error. A full-precision model is put in dtype as a whole, but
+    ValueError for int8.
     """
     if not model.config.ternary:
         if dtype == torch.int8:
@@ -1239,7 +1240,7 @@ def load_model(path, device="cpu", dtype=torch.float32, **overrides):
             else:
                 state[name] = value.float()
         model.load_state_dict(state, assign=True)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         raise ValueError(f"{path}: not the weights of a TerDiT or Large-DiT ({reason})") from None
     return in_dtype(model.eval().requires_grad_(False), dtype).to(device)

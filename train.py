@@ -53,7 +53,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sample import DEVICES, MAX_SEED, Progress, cpu_has, decode, draw, find_checkpoint, from_uint8
 from sample import generator, load_vae, number, require_same, run_main, save_grid, to_uint8
 from sample import torchrun
-from terdit import NUM_TIMESTEPS, SIZES, TERNARY_EPS, Config, DiT, GaussianDiffusion
+from terdit import NUM_TIMESTEPS, SIZES, TERNARY_EPS, Config, DiT
 from terdit import PackedTernaryLinear, TernaryLinear, atomic_write, diffusion_of, error_line
 from terdit import first_line, load_model, pack_model, read_checkpoint, save_checkpoint, ternarize
 from terdit import unpack_ternary
@@ -150,8 +150,8 @@ def train_step(run, batch, progress):
 
 
 def batch_losses(run, model, batch):
-    """The loss of each image (B,). bf16 is for matmuls and SwiGLU; weights, norms, the residual
-    stream, the loss and AdamW stay in fp32."""
+    """The loss of each image (B,). With bf16, matmuls and SwiGLU are in it; weights, norms, the
+    residual stream, the loss and AdamW stay in fp32."""
     settings = run.settings
     with torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bf16"):
         terms = run.diffusion.training_losses(model, batch.x0, batch.t, batch.y, batch.noise)
@@ -408,7 +408,7 @@ def read_image(path, size):
         is_deleted = isinstance(e, FileNotFoundError) and path.parent.is_dir()
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL) and not is_deleted:
             raise
-        # Short memory looks like damage. Then this gigabyte raises MemoryError.
+        # Too little memory looks like damage: then this raises MemoryError.
         np.empty(1 << 30, np.uint8)
         sys.stderr.write(f"{path}: left out ({type(e).__name__}: {first_line(e)})\n")
         return None
@@ -550,7 +550,7 @@ def find_timesteps(log_snr, diffusion):
     there is none -> (n,)
 
     >>> log_snr = torch.tensor([10.0, 3.0, -2.0, -7.0, -12.0], dtype=torch.float64)
-    >>> find_timesteps(log_snr, GaussianDiffusion()).tolist()
+    >>> find_timesteps(log_snr, diffusion_of(Config())).tolist()
     [0, 64, 455, 830, 999]
     """
     acp = torch.from_numpy(diffusion.alphas_cumprod)  # (1000,), it falls
@@ -595,11 +595,11 @@ def make_optimizer(model, settings):
 
 @torch.no_grad()
 def update_average(run):
-    """Update the moving average of all parameters, which save_state ternarizes and exports.
+    """Update the moving average of all parameters, which save_state packs and exports.
 
-    It averages out the noise of single steps. Here that gains little, since the rate falls to 1%
-    anyway (tests/RESULTS.md). Its decay grows: with the full decay from the start, a short run
-    would export mostly its first, random weights.
+    It averages out the noise of single steps. Here that gains little, or loses in very short runs,
+    since the rate falls to 1% anyway (tests/RESULTS.md). Its decay grows: with the full decay from
+    the start, a short run would export mostly its first, random weights.
     """
     decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step))
     if run.step == 0:
@@ -639,8 +639,8 @@ DTYPES = ["bf16", "fp32"]
 class TrainConfig:
     """What a run is trained with. Each field is a flag. These are the paper's sizes' values.
 
-    A property of the model is a field of Config, too; model_config passes it on, and new_settings
-    where --init keeps the checkpoint's.
+    What belongs to the model is a field of Config, too: model_config copies it. If --init keeps
+    the checkpoint's, new_settings must.
     """
 
     size: str = setting("tiny", "shape of the model, and its recipe", choices=list(SIZES))
@@ -802,7 +802,8 @@ def load_init(given):
     """-> the model of --init, on rank 0 alone, and the Config that a new run begins with."""
     if "init" not in given:
         size = given.get("size", "tiny")
-        return None, Config(size=size, **SIZES[size])
+        ternary = not given.get("full_precision", False)
+        return None, Config(size=size, ternary=ternary, **SIZES[size])
     init = None
     if ranks()[0] == 0:
         path = find_checkpoint(given["init"])
@@ -858,7 +859,8 @@ MAY_CHANGE = {"save_every", "grid", "compile", "device", "out", "fresh", "init",
 
 def resumed_settings(saved, given):
     """-> TrainConfig of a run that goes on: the state's, with what the command may change."""
-    saved = asdict(TrainConfig()) | saved  # its file may be older than a setting
+    defaults = asdict(TrainConfig()) | RECIPES.get(saved["size"], {})
+    saved = defaults | saved  # its file may be older than a setting
     fixed = given.keys() - MAY_CHANGE
     for name in given.keys() & {"data", "vae"}:
         if saved[name] is not None:  # a folder may move
@@ -994,7 +996,7 @@ def full_tensor(x):
 
 def shard_model(model, device):
     """Move a model to its device. Each of n processes holds a part of it (FSDP2): 1/n of 20 bytes a
-    parameter (see warn_of_memory), its own activations, and one whole block at a time. backward()
+    parameter (see warn_of_memory), its own activations, and a block or two whole. backward()
     averages the gradients over them.
 
     Matrices are gathered whole, and in fp32: so mean|W| and the codes are those of packing.

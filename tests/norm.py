@@ -209,6 +209,7 @@ def difference(losses, others):
 
 def report():
     """Print and leave the table of what is trained, and the plot."""
+    OUT.mkdir(parents=True, exist_ok=True)
     table = []
     for row in dict.fromkeys(row for row, _ in make_queue()):
         losses = read_losses(row)

@@ -185,9 +185,11 @@ def test_an_older_state_takes_the_defaults_of_new_settings_a_newer_one_is_refuse
     run(tmp_path, "--steps", 2)
     path = train.states(tmp_path)[-1]
     state = torch.load(path, weights_only=True)
-    del state["settings"]["alpha_start"]
+    for name in ("alpha_start", "weight_decay"):
+        del state["settings"][name]
     torch.save(state, path)
-    assert go_on(tmp_path, "--steps", 3, "--alpha-start", "absmean")["alpha_start"] == "absmean"
+    went_on = go_on(tmp_path, "--steps", 3, "--alpha-start", "absmean")
+    assert went_on["alpha_start"] == "absmean" and went_on["weight_decay"] == 0.3  # tiny's recipe
     for part in ("settings", "config"):
         newer = state | {part: state[part] | dict(colour=1)}
         torch.save(newer, train.states(tmp_path)[-1])
