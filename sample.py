@@ -34,7 +34,7 @@ from terdit import NUM_TIMESTEPS, atomic_write, check_writable, cpu_kernel, cuda
 from terdit import diffusion_of, first_line, in_dtype, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-SAMPLERS = ["ddpm", "ddim", "dpm"]
+SAMPLERS = ["ddpm", "ddim", "dpm"]  # of sample_latents
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -50,7 +50,8 @@ def main(argv=None):
     classes = pick_classes(args.classes, config, everything=args.npz is not None)
     n = args.npz or args.n or 4 * len(classes)
     sampler = args.sampler or ("ddpm" if config.vae else "dpm")
-    # 250 is the paper's. dpm with 16 steps draws digits as well as DDPM with 25 (tests/RESULTS.md).
+    # 250 is the paper's. dpm, of second order, draws digits in 16 as well as ddpm in 25
+    # (tests/RESULTS.md).
     steps = args.steps or (16 if sampler == "dpm" or not config.vae else 250)
     options = dict(
         seed=args.seed,
@@ -130,7 +131,7 @@ def sample_latents(
         if cfg_scale == 1:
             out = model(x, t, y)
         else:
-            # In one batch: uncond + cfg_scale * (cond - uncond). Upstream's form takes x twice.
+            # In one batch: uncond + cfg_scale * (cond - uncond). Its second x is not used.
             twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
             out = model.forward_with_cfg(*twice, cfg_scale, guided_channels)[: len(x)]
         if progress:
@@ -201,7 +202,7 @@ def pick_classes(wanted, config, everything=False):
 
 
 def class_numbers(names):
-    """The data set's own numbers: in a released TerDiT row 121 has the name, and number, 207."""
+    """The data set's own numbers: in a released TerDiT (see released_config) row 121 is 207."""
     numbers = [int(name) for name in names if name.isdecimal()]
     if len(set(numbers)) == len(names):
         return numbers

@@ -139,8 +139,8 @@ def ternarize(weight, gamma=None):
     weight (N, K) float -> codes, same shape and dtype: clip(round(weight / gamma), -1, 1), where
     gamma = mean|weight| + eps. So a weight smaller than half of gamma becomes 0: a quarter of them
     at the start, where weights are uniform. If gamma were max|weight|, one large weight would make
-    most others 0. (Only sample_codes passes gamma, for a part of a matrix.) TernaryWeight adds the
-    gradient.
+    most others 0. gamma decides which weights become 0; the size of the output is up to alphas. (It
+    is an argument for who holds a part of the matrix.) TernaryWeight adds the gradient.
 
     >>> ternarize(torch.tensor([[0.30, -0.80], [0.05, 0.85]])).tolist()  # gamma is 0.5
     [[1.0, -1.0], [0.0, 1.0]]
@@ -157,10 +157,11 @@ class TernaryWeight(torch.autograd.Function):
 
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The
     *straight-through estimator* pretends codes = weight, also where they are clipped. So codes *
-    alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas, which
-    may turn negative. (The staircase of codes rises by about 1 / gamma. Like upstream, we
-    leave this factor out: Adam cancels it.) The optimizer moves the latent weight in
-    full precision, and its code flips when it has moved far enough.
+    alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. (An
+    alpha may become negative. Up to the clipping codes rise by 1 for each gamma of weight, so 1 /
+    gamma would be a truer slope than 1. Like upstream, we leave it out: Adam cancels a factor.) The
+    optimizer moves the latent weight in full precision, and its code flips when it has moved far
+    enough.
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)
     >>> alphas = torch.tensor([2.0], requires_grad=True)
@@ -199,7 +200,7 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.xavier_uniform_(self.weight)
-        # mean|W| keeps three quarters of the output's size.
+        # With mean|W| outputs are 0.75 as large as those of the uniform weights.
         self.alphas = nn.Parameter(self.weight.detach().abs().mean().view(1))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -253,7 +254,7 @@ class TimestepEmbedder(nn.Module):
 
 class LabelEmbedder(nn.Module):
     """y (B,) int64 -> (B, dim). The last vector, number num_classes, is the null label: "no class".
-    Labels are dropped in train.py's draw_batch, not here as in DiT."""
+    One label in ten becomes it in train.py's draw_batch, not here as in DiT."""
 
     def __init__(self, num_classes, dim):
         super().__init__()
@@ -352,14 +353,13 @@ class TransformerBlock(nn.Module):
     (tensor([ 0.8485, -1.1314]), tensor([ 0.8485, -1.1314]))
 
     The norm's gain starts at 0. So all six vectors are 0, the gates are closed, and every block
-    starts as the identity (adaLN-Zero). They open slowly. At step 1 only the final linear has a
-    gradient, since it starts at 0, too. At step 2 the gain is the first in the blocks that has one,
-    at step 3 everything has.
+    starts as the identity (adaLN-Zero). They open slowly. Step 1: only the final linear gets a
+    gradient, since it starts at 0, too. Step 2: in the blocks only the gain. Step 3: everything.
 
-    DiT and upstream start the projection's weights at 0 instead. If the gain were 0, too, neither
-    would ever get a gradient. With a gain of 1, Adam's first update moves the gates' weights from
-    0, all by about the same amount. So all their codes are +-1, however small lr is, and all gates
-    open at once.
+    DiT and upstream start the projection's weights at 0 instead, with a gain of 1: were it 0, too,
+    neither would ever get a gradient. But ternary weights must not start at 0. Adam's first update
+    moves the gates' weights, all by about the same amount. Then mean|W| is as small as they are, so
+    all their codes are +-1, and all gates open at once.
 
     >>> weight = torch.zeros(1, 3) + 0.0001 * torch.tensor([[1.0, -1.0, -1.0]])  # lr = 0.0001
     >>> ternarize(weight).tolist()
@@ -492,9 +492,9 @@ class DiT(nn.Module):
         """Classifier-free guidance, with upstream's arguments.
 
         x (B, C, H, W) holds every image twice; only the first half is used. y (B,): classes, then
-        as many null labels. -> (B, 2C or C, H, W): both halves hold the same guided prediction, and
-        sigma channels as the model gave them. guided_channels=None guides all C channels. Upstream
-        guides 3 of a latent's 4, by mistake (DiT issue 41).
+        as many null labels. -> (B, 2C or C, H, W): both halves hold the same guided prediction;
+        other channels are as the model gave them. guided_channels=None guides all C channels.
+        Upstream guides 3 of a latent's 4, by mistake (DiT issue 41): the last stays conditional.
         """
         out = self(x[: len(x) // 2].repeat(2, 1, 1, 1), t, y)
         channels = self.config.in_channels
@@ -669,9 +669,8 @@ class GaussianDiffusion:
         '0.632 x + 0.447 x0'
 
         Second order takes the x0 of lambda + h / 2 instead, on the straight line through the last
-        two predictions. The first step has one. In the step to i = 0 acp jumps to almost 1, and
-        h is too large to extrapolate. So these two are of first order. Steps are evenly
-        spaced in t.
+        two predictions. The first step has one prediction alone, and in the step to i = 0, where
+        acp jumps to almost 1, h is too large: both are of first order. Steps are even in t.
         """
         sigma = self.sqrt_one_minus_alphas_cumprod
         lambdas = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
@@ -749,7 +748,8 @@ def pack_ternary(codes):
 
         bits 7-6: output r | 5-4: output n+r | 3-2: output 2n+r | 1-0: output 3n+r
 
-    ValueError: N is no multiple of 4, or another code.
+    ValueError: N is no multiple of 4, or another code. (Other codes would change unpack_ternary,
+    check_packed and init_from, too, and in kernel.cu naive, dequantize, unpack and multiply_rows.)
 
     >>> packed = pack_ternary(torch.tensor([[1], [0], [-1], [1]]))  # its fields are 2, 1, 0, 2
     >>> f"{packed.item():08b}"

@@ -132,7 +132,7 @@ def train_step(run, batch, progress):
     # Parts of the batch take less memory. backward() adds up their gradients.
     for part in batch.split(settings.micro_batch, settings.device):
         part_loss = batch_losses(run, run.model, part).sum() / settings.batch
-        # Gradients must be summed over processes. FSDP takes their mean, hence the factor.
+        # FSDP divides gradients by the number of processes; `world` undoes this.
         (part_loss * world).backward()
         loss += part_loss.detach()
         progress.add(len(part.t) * world, what)
@@ -532,9 +532,11 @@ def draw_timesteps(n, diffusion, rng):
     For v: logSNR is drawn from a normal distribution, with mean -2 and standard deviation 2.5; one
     timestep in twenty is drawn uniformly. Most fall between t = 200 and 800, where a picture's
     layout is decided: a short training has no time for nearly clean images, or nearly pure noise.
-    The loss is not divided by this density, so it is not DDPM's average over t. Image i of the
-    batch draws a quantile between i / n and (i + 1) / n, so each batch has all noise levels. ndtri,
-    the inverse of the normal distribution function, turns it into a normal number.
+    The loss is not divided by this density, so it is not DDPM's average over t.
+
+    Stratified sampling: image i of the batch draws a quantile between i / n and (i + 1) / n, so
+    each batch has all noise levels. ndtri, the inverse of the normal distribution function, turns
+    it into a normal number.
     """
     if diffusion.prediction == "eps":
         return torch.randint(NUM_TIMESTEPS, (n,), generator=rng)
@@ -564,13 +566,13 @@ def find_timesteps(log_snr, diffusion):
 
 
 def make_optimizer(model, settings):
-    """AdamW. Alphas learn at a fifth of the rate, because one of them scales a whole layer. (In the
-    demo the full rate does as well: tests/RESULTS.md.)
+    """AdamW. Alphas learn at a fifth of the rate, because one of them scales a whole layer. (In
+    1,500 steps of tiny the full rate does as well: tests/RESULTS.md.)
 
     Weight decay is for the blocks' matrices. It shrinks weights and gamma alike, so alone it flips
-    no code. But Adam's steps stay at about lr. A weight goes through the 0s, from -gamma / 2 to
-    gamma / 2, in 50 steps if lr = 0.001 and gamma = 0.05, and in 25 once gamma has decayed to
-    0.025. So with decay, codes go on flipping until the rate falls.
+    no code. But Adam's steps stay at about lr, so they grow against gamma. A weight goes through
+    the 0s, from -gamma / 2 to gamma / 2, in 50 steps if lr = 0.001 and gamma = 0.05, and in 25 once
+    gamma has decayed to 0.025. So with decay, codes go on flipping until the rate falls.
     """
     alphas = dict(params=[], lr_scale=0.2, weight_decay=0.0)
     matrices = dict(params=[], lr_scale=1.0, weight_decay=settings.weight_decay)
@@ -1145,7 +1147,8 @@ class Log:
 
         loss, images_per_s   mean of the steps since the last row
         val_loss             of the averaged model on images held out, at all timesteps alike (see
-                             validate): not to compare with loss, whose timesteps are drawn
+                             validate): not to compare with loss, whose timesteps are drawn. Both
+                             contain vb, if there are sigma channels
         lr, grad_norm        of the row's last step; the norm before clipping
         zero, flipped        share of codes that are 0; that changed in the last 100 steps, or
                              since the run went on
