@@ -131,7 +131,7 @@ def sample_latents(
         if cfg_scale == 1:
             out = model(x, t, y)
         else:
-            # In one batch: uncond + cfg_scale * (cond - uncond). Its second x is not used.
+            # uncond + cfg_scale * (cond - uncond), in one batch: weights are read once.
             twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
             out = model.forward_with_cfg(*twice, cfg_scale, guided_channels)[: len(x)]
         if progress:

@@ -63,7 +63,7 @@ class Config:
     num_classes: int = 1000  # num_classes itself is the null label of guidance
     qk_norm: bool = False
     norm_eps: float = 1e-5
-    pos_embed: bool = False  # a learned vector a patch; the paper has rotary positions only
+    pos_embed: bool = False  # a learned vector a patch; the paper has rotary_table alone
     ternary: bool = True
     adaln_norm: bool = True  # the paper's RMS Norm after the adaLN projection
     # How it is trained:
@@ -75,7 +75,7 @@ class Config:
     # What its samples are:
     class_names: list | None = None
     vae: str | None = None  # None: pixels in [-1, 1]
-    latent_scale: float = 0.18215  # for a variance of about 1 (SD VAE)
+    latent_scale: float = 0.18215  # of SD's VAE; encode multiplies by it, decode divides
 
     def __post_init__(self):
         if self.n_heads < 1 or self.dim % (2 * self.n_heads):
@@ -137,10 +137,10 @@ def ternarize(weight, gamma=None):
     """Round to -1, 0, +1 by the absmean rule (TerDiT eq. 1, from BitNet b1.58).
 
     weight (N, K) float -> codes, same shape and dtype: clip(round(weight / gamma), -1, 1), where
-    gamma = mean|weight| + eps. So a weight smaller than half of gamma becomes 0: a quarter of them
+    gamma = mean|weight| + eps. So a weight with |weight| < gamma / 2 becomes 0: a quarter of them
     at the start, where weights are uniform. If gamma were max|weight|, one large weight would make
-    most others 0. gamma decides which weights become 0; the size of the output is up to alphas. (It
-    is an argument for who holds a part of the matrix.) TernaryWeight adds the gradient.
+    most others 0. gamma decides which weights become 0; the size of the output is up to alphas.
+    Pass gamma if `weight` is only a part of the matrix. TernaryWeight adds the gradient.
 
     >>> ternarize(torch.tensor([[0.30, -0.80], [0.05, 0.85]])).tolist()  # gamma is 0.5
     [[1.0, -1.0], [0.0, 1.0]]
@@ -157,11 +157,12 @@ class TernaryWeight(torch.autograd.Function):
 
     Rounding has a derivative of 0 almost everywhere, so nothing could be learned through it. The
     *straight-through estimator* pretends codes = weight, also where they are clipped. So codes *
-    alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. (An
-    alpha may become negative. Up to the clipping codes rise by 1 for each gamma of weight, so 1 /
-    gamma would be a truer slope than 1. Like upstream, we leave it out: Adam cancels a factor.) The
+    alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. The
     optimizer moves the latent weight in full precision, and its code flips when it has moved far
-    enough.
+    enough. An alpha may become negative.
+
+    (Between the clips a code rises by 1 when its weight rises by gamma, so 1 / gamma would be a
+    truer slope than 1. We use 1, as upstream: Adam's steps hardly depend on such a factor.)
 
     >>> weight = torch.tensor([[0.30, -0.80], [0.05, 0.85]], requires_grad=True)
     >>> alphas = torch.tensor([2.0], requires_grad=True)
@@ -200,7 +201,8 @@ class TernaryLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.xavier_uniform_(self.weight)
-        # With mean|W| outputs are 0.75 as large as those of the uniform weights.
+        # With mean|W| outputs are 0.75 as large as those of the uniform weights. Alphas of N(0, 1)
+        # are some 15 times larger, and the residual stream drowns the picture (tests/RESULTS.md).
         self.alphas = nn.Parameter(self.weight.detach().abs().mean().view(1))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -354,12 +356,12 @@ class TransformerBlock(nn.Module):
 
     The norm's gain starts at 0. So all six vectors are 0, the gates are closed, and every block
     starts as the identity (adaLN-Zero). They open slowly. Step 1: only the final linear gets a
-    gradient, since it starts at 0, too. Step 2: in the blocks only the gain. Step 3: everything.
+    gradient, since it starts at 0, too. Step 2: in the blocks only the gates' gain. Step 3: all.
 
-    DiT and upstream start the projection's weights at 0 instead, with a gain of 1: were it 0, too,
-    neither would ever get a gradient. But ternary weights must not start at 0. Adam's first update
-    moves the gates' weights, all by about the same amount. Then mean|W| is as small as they are, so
-    all their codes are +-1, and all gates open at once.
+    DiT and upstream start the projection's weights at 0 instead. (If the gain were 0, too, neither
+    of the two would ever get a gradient.) That is bad for ternary weights. After Adam's first step
+    the gates' weights all have about the same size. So mean|W| has it, too, every code is +-1, and
+    the gates go from shut to wide open in one step.
 
     >>> weight = torch.zeros(1, 3) + 0.0001 * torch.tensor([[1.0, -1.0, -1.0]])  # lr = 0.0001
     >>> ternarize(weight).tolist()
@@ -520,7 +522,7 @@ class GaussianDiffusion:
 
     prediction: what the model's first C channels mean: "eps", the noise, as in the paper, or "v"
     (see v_rotation). Where t is large, x_t is nearly eps, so a model of eps has a small loss if it
-    copies its input, and learns little of layout. There v is nearly -x0, the picture itself.
+    copies its input, and learns little of layout. v is nearly -x0 then, the picture itself.
     train.py draws other timesteps for v.
     """
 
@@ -606,8 +608,9 @@ class GaussianDiffusion:
 
         -> dict of (B,) tensors: `mse`, the mean of (noise - prediction)^2, DDPM's simple loss (eq.
         14), or of (v - prediction)^2; with sigma channels also `vb`, the variational bound in bits
-        a dimension; `loss`, the sum. The gradient of vb is noisy, so it trains the sigma channels
-        alone: the prediction is detached (Improved DDPM 3.1).
+        a dimension; `loss`, the sum. (Improved DDPM takes 0.001 of the sum over 1000 timesteps: one
+        mean.) The gradient of vb is noisy, so it trains the sigma channels alone: the prediction is
+        detached (Improved DDPM 3.1).
         """
         x = self.q_sample(x0, t, noise)
         timesteps = torch.from_numpy(self.timestep_map).to(t.device)[t]
@@ -658,7 +661,7 @@ class GaussianDiffusion:
 
         Let sigma = sqrt(1 - acp) and lambda = log(sqrt(acp) / sigma), half the log of the
         signal-to-noise ratio. A step goes from lambda to lambda + h. First order keeps x0 constant
-        on the way:
+        on the way. All else is exact, so few steps suffice:
 
             x_next = (sigma_next / sigma) * x - sqrt(acp_next) * (exp(-h) - 1) * x0
 
@@ -668,9 +671,10 @@ class GaussianDiffusion:
         >>> f"{math.sqrt(0.2 / 0.5):.3f} x + {-math.sqrt(0.8) * math.expm1(-h):.3f} x0"
         '0.632 x + 0.447 x0'
 
-        Second order takes the x0 of lambda + h / 2 instead, on the straight line through the last
-        two predictions. The first step has one prediction alone, and in the step to i = 0, where
-        acp jumps to almost 1, h is too large: both are of first order. Steps are even in t.
+        Second order takes the x0 in the middle of the step, at lambda + h / 2, from the straight
+        line through the last two predictions. The first step has one prediction alone, and in the
+        step to i = 0, where acp jumps to almost 1, h is too large: both are of first order. Steps
+        are even in t.
         """
         sigma = self.sqrt_one_minus_alphas_cumprod
         lambdas = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
@@ -842,8 +846,8 @@ def packed_linear(x, weight, alphas, bias, dtype, is_adaln=False):
         any     any             int8    int8_linear, x is rounded          -> bf16
         any     any             others  packed_linear_plain                -> dtype
 
-    The first needs nvcc, the second g++; a warning says once what is missing. ValueError: x is not
-    (M, K), or in int8 not finite.
+    The first needs nvcc, and kernel.cu's ternary_linear chooses by M; the second needs g++. A
+    warning says once what is missing. ValueError: x is not (M, K), or in int8 not finite.
     """
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x of (M, {weight.shape[1]}) wanted, got {tuple(x.shape)}")

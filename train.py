@@ -493,10 +493,10 @@ class Batch(NamedTuple):
 def draw_batch(run, step):
     """What step number `step` sees -> Batch.
 
-    Everything random is a function of (seed, step), and every process draws the numbers of the
-    whole batch, of which it keeps its slice. So no random state is saved. A resumed run equals an
-    uninterrupted one, on one CPU process to the bit; more processes, or other micro-batches, add
-    in another order. --batch decides what a step sees, so it may not change in a run.
+    Everything random is a function of (seed, step), so no random state is saved. A resumed run
+    equals an uninterrupted one, on one CPU process to the bit. Every process draws the numbers of
+    the whole batch, and keeps its slice; more processes, or other micro-batches, only add in
+    another order. --batch decides what a step sees, so it may not change in a run.
     """
     data = run.data
     seed = run.settings.seed
@@ -532,7 +532,7 @@ def draw_timesteps(n, diffusion, rng):
     For v: logSNR is drawn from a normal distribution, with mean -2 and standard deviation 2.5; one
     timestep in twenty is drawn uniformly. Most fall between t = 200 and 800, where a picture's
     layout is decided: a short training has no time for nearly clean images, or nearly pure noise.
-    The loss is not divided by this density, so it is not DDPM's average over t.
+    The loss is not divided by this density: the middle counts more than in DDPM's average over t.
 
     Stratified sampling: image i of the batch draws a quantile between i / n and (i + 1) / n, so
     each batch has all noise levels. ndtri, the inverse of the normal distribution function, turns
@@ -570,9 +570,9 @@ def make_optimizer(model, settings):
     1,500 steps of tiny the full rate does as well: tests/RESULTS.md.)
 
     Weight decay is for the blocks' matrices. It shrinks weights and gamma alike, so alone it flips
-    no code. But Adam's steps stay at about lr, so they grow against gamma. A weight goes through
-    the 0s, from -gamma / 2 to gamma / 2, in 50 steps if lr = 0.001 and gamma = 0.05, and in 25 once
-    gamma has decayed to 0.025. So with decay, codes go on flipping until the rate falls.
+    no code. But Adam's steps stay at about lr, so they grow against gamma. The codes 0 are gamma
+    wide: with lr = 0.001 and gamma = 0.05 a weight crosses them in 50 steps of one sign, and in 25
+    once gamma has decayed to 0.025. So with decay, codes go on flipping until the rate falls.
     """
     alphas = dict(params=[], lr_scale=0.2, weight_decay=0.0)
     matrices = dict(params=[], lr_scale=1.0, weight_decay=settings.weight_decay)
@@ -1077,8 +1077,8 @@ def run_tensors(run):
 
 
 def save_state(run):
-    """Write the averaged model, then the state; the last two states are kept. No random state is in
-    it, since draw_batch needs none, so a run may go on with another number of processes.
+    """Write the averaged model, then the state (run_tensors, and no random state: draw_batch needs
+    none). The last two are kept. A run may go on with another number of processes.
 
     After a kill between the two, the run goes on from the older state to the same model. Tensors
     are gathered one by one, into rank 0's memory. (A large model takes minutes: torchrun
@@ -1297,10 +1297,10 @@ def label_rows(theirs, ours):
 def init_from(model, source, path):
     """Copy the weights of the model `source`, loaded from `path`, into a fresh model.
 
-    Codes become latent weights of +-|alpha| and 0, which round back to them. From full precision
-    alphas start at mean|W|, and the RMS Norm's gain keeps the size of the adaLN outputs. Other
-    classes get a new label table. Optimizer, average and step start anew. ValueError: the models
-    have other shapes; so have images of another size in a model with pos_embed.
+    Codes become latent weights of +-|alpha| and 0, of which ternarize makes them again. From full
+    precision alphas start at mean|W|, and the RMS Norm's gain keeps the size of the adaLN outputs.
+    Other classes get a new label table. Optimizer, average and step start anew. ValueError: the
+    models have other shapes; so have images of another size in a model with pos_embed.
     """
     ours = model.state_dict()
     theirs = source.state_dict()
