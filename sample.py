@@ -50,8 +50,8 @@ def main(argv=None):
     classes = pick_classes(args.classes, config, everything=args.npz is not None)
     n = args.npz or args.n or 4 * len(classes)
     sampler = args.sampler or ("ddpm" if config.vae else "dpm")
-    # 250 is the paper's. dpm, of second order, draws digits in 16 as well as ddpm in 25
-    # (tests/RESULTS.md).
+    # For latents the paper's 250, else 16: so dpm, of second order, is as good on digits as ddpm
+    # with 25 (tests/RESULTS.md).
     steps = args.steps or (16 if sampler == "dpm" or not config.vae else 250)
     options = dict(
         seed=args.seed,
@@ -303,10 +303,11 @@ def check_picture(path, model, vae, n, columns):
 def sample_npz(out, draw_images, labels, settings):
     """Draw n images, whose labels (classes,) take turns, into the .npz file `out`. -> how many
 
-    Each batch is a file of its own in OUT.part, drawn only if it is not there. So the images do not
-    depend on the number of processes, nor on stops. No process waits for another: the first one
-    also draws what is missing after its own batches, from the last one backwards. Then it writes
-    the .npz. ValueError: the folder has batches of other settings.
+    Each batch is a file of its own in OUT.part, drawn only if it is not there, with noise of (seed,
+    number of the image). So the images do not depend on the number of processes, nor on stops. No
+    process waits for another: the first one also draws what is missing after its own batches, from
+    the last one backwards. Then it writes the .npz. ValueError: the folder has batches of other
+    settings.
     """
     check_writable(out)
     part = Path(f"{os.path.realpath(out)}.part")
@@ -404,7 +405,7 @@ def report(model, args, n, steps, seconds):
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     codes = sum(buffer.numel() for buffer in model.buffers())  # bytes
-    rest = sum(4 * p.numel() for p in model.parameters())
+    rest = sum(p.nbytes for p in model.parameters())
     print(
         f"2-bit codes {codes / 1e6:.2f} MB, the rest {rest / 1e6:.2f} MB; peak memory "
         f"{peak / 1e6:,.0f} MB; {n} images of {steps} steps in {seconds:.1f} s"

@@ -63,7 +63,7 @@ class Config:
     num_classes: int = 1000  # num_classes itself is the null label of guidance
     qk_norm: bool = False
     norm_eps: float = 1e-5
-    pos_embed: bool = False  # a learned vector a patch; the paper has rotary_table alone
+    pos_embed: bool = False  # a learned vector a patch, besides rotary_table, which all have
     ternary: bool = True
     adaln_norm: bool = True  # the paper's RMS Norm after the adaLN projection
     # How it is trained:
@@ -191,10 +191,12 @@ class TernaryWeight(torch.autograd.Function):
 class TernaryLinear(nn.Module):
     """A linear layer, x (..., K) -> (..., N), ternary in the forward pass.
 
-    `weight` (N, K) latent; `bias` (N,) or None; `alphas` (1,) the one scale, upstream's name. It is
-    learned, where BitNet takes mean|W|: so latent weights may decay without a smaller output. x is
-    not quantized (for sampling it may be: int8_linear_plain). Autocast casts codes * alphas to
-    bf16. That rounds alpha; the codes stay exact.
+    `weight` (N, K) latent, ternarized anew in each forward pass; `bias` (N,) or None (only adaLN's
+    has one); `alphas` (1,) the one scale, upstream's name. It is learned, where BitNet takes
+    mean|W|: so latent weights may decay without a smaller output. One scale an output gained
+    nothing in 1,500 steps (tests/RESULTS.md). x is not quantized (for sampling it may be:
+    int8_linear_plain). Autocast casts codes * alphas to bf16. That rounds alpha; the codes stay
+    exact.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -202,7 +204,8 @@ class TernaryLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.xavier_uniform_(self.weight)
         # With mean|W| outputs are 0.75 as large as those of the uniform weights. Alphas of N(0, 1)
-        # are some 15 times larger, and the residual stream drowns the picture (tests/RESULTS.md).
+        # are 15 times larger in the demo, and the picture drowns in the residual stream
+        # (tests/RESULTS.md).
         self.alphas = nn.Parameter(self.weight.detach().abs().mean().view(1))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -360,8 +363,8 @@ class TransformerBlock(nn.Module):
 
     DiT and upstream start the projection's weights at 0 instead. (If the gain were 0, too, neither
     of the two would ever get a gradient.) That is bad for ternary weights. After Adam's first step
-    the gates' weights all have about the same size. So mean|W| has it, too, every code is +-1, and
-    the gates go from shut to wide open in one step.
+    the gates' weights all have about the same size, and mean|W| is no larger. So every code of them
+    is +-1, and the gates go from shut to wide open in one step.
 
     >>> weight = torch.zeros(1, 3) + 0.0001 * torch.tensor([[1.0, -1.0, -1.0]])  # lr = 0.0001
     >>> ternarize(weight).tolist()
@@ -607,10 +610,10 @@ class GaussianDiffusion:
         """Loss of model(x_t, timestep, y) for x0 (B, C, H, W), t (B,) int64, y (B,) int64.
 
         -> dict of (B,) tensors: `mse`, the mean of (noise - prediction)^2, DDPM's simple loss (eq.
-        14), or of (v - prediction)^2; with sigma channels also `vb`, the variational bound in bits
-        a dimension; `loss`, the sum. (Improved DDPM takes 0.001 of the sum over 1000 timesteps: one
-        mean.) The gradient of vb is noisy, so it trains the sigma channels alone: the prediction is
-        detached (Improved DDPM 3.1).
+        14), or of (v - prediction)^2; with sigma channels (not in the demo) also `vb`, the
+        variational bound in bits a dimension; `loss`, the sum. (Improved DDPM takes 0.001 of the
+        sum over 1000 timesteps: one mean.) The gradient of vb is noisy, so it trains the sigma
+        channels alone: the prediction is detached (Improved DDPM 3.1).
         """
         x = self.q_sample(x0, t, noise)
         timesteps = torch.from_numpy(self.timestep_map).to(t.device)[t]
@@ -769,7 +772,8 @@ def pack_ternary(codes):
 
 
 def unpack_ternary(packed):
-    """(N/4, K) uint8 -> (N, K) int8 in {-1, 0, 1}. check_packed looks for wrong bytes."""
+    """(N/4, K) uint8 -> (N, K) int8 in {-1, 0, 1}. A field of 3 would become 2 here, in kernel.cu 0
+    or 2: load_model refuses it (check_packed)."""
     quarters = [(packed >> shift) & 3 for shift in (6, 4, 2, 0)]
     return torch.cat(quarters).to(torch.int8) - 1
 
@@ -846,8 +850,9 @@ def packed_linear(x, weight, alphas, bias, dtype, is_adaln=False):
         any     any             int8    int8_linear, x is rounded          -> bf16
         any     any             others  packed_linear_plain                -> dtype
 
-    The first needs nvcc, and kernel.cu's ternary_linear chooses by M; the second needs g++. A
-    warning says once what is missing. ValueError: x is not (M, K), or in int8 not finite.
+    launch_kernel takes small_batch up to 16 tokens, else wgmma on Hopper and mma on other GPUs. It
+    needs nvcc, small_rows g++; a warning says once what is missing. ValueError: x is not (M, K), or
+    in int8 not finite.
     """
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x of (M, {weight.shape[1]}) wanted, got {tuple(x.shape)}")
@@ -905,7 +910,8 @@ def int8_linear_plain(x, weight, alphas, bias):
 
 
 def int8_linear(x, weight, alphas, bias):
-    """int8_linear_plain to the bit; on a CPU, C++ does all but the product."""
+    """int8_linear_plain to the bit; on a CPU, C++ does all but the product. Each call unpacks the
+    codes of its layer, so that one layer at a time is in int8."""
     if x.is_cuda or not cpu_kernel():
         return int8_linear_plain(x, weight, alphas, bias)
     M, K = x.shape

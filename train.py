@@ -132,7 +132,8 @@ def train_step(run, batch, progress):
     # Parts of the batch take less memory. backward() adds up their gradients.
     for part in batch.split(settings.micro_batch, settings.device):
         part_loss = batch_losses(run, run.model, part).sum() / settings.batch
-        # FSDP divides gradients by the number of processes; `world` undoes this.
+        # Each loss is divided by the whole batch, so gradients must be summed over processes. FSDP
+        # averages them; `world` undoes this.
         (part_loss * world).backward()
         loss += part_loss.detach()
         progress.add(len(part.t) * world, what)
@@ -495,8 +496,9 @@ def draw_batch(run, step):
 
     Everything random is a function of (seed, step), so no random state is saved. A resumed run
     equals an uninterrupted one, on one CPU process to the bit. Every process draws the numbers of
-    the whole batch, and keeps its slice; more processes, or other micro-batches, only add in
-    another order. --batch decides what a step sees, so it may not change in a run.
+    the whole batch, and keeps its slice; more processes, or other micro-batches, only change the
+    order in which numbers are added. --batch decides what a step sees, so it may not change in a
+    run.
     """
     data = run.data
     seed = run.settings.seed
@@ -600,8 +602,8 @@ def update_average(run):
     """Update the moving average of all parameters, which save_state packs and exports.
 
     It averages out the noise of single steps. Here that gains little, or loses in very short runs,
-    since the rate falls to 1% anyway (tests/RESULTS.md). Its decay grows: with the full decay from
-    the start, a short run would export mostly its first, random weights.
+    since the rate falls to 1% anyway (tests/RESULTS.md). Its decay grows to ema_decay, 0.995 in
+    the demo: with all of it from the start, a short run would export mostly random weights.
     """
     decay = min(run.settings.ema_decay, (1 + run.step) / (10 + run.step))
     if run.step == 0:
@@ -711,8 +713,9 @@ def parse_args(argv=None):
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, **options | f.metadata["options"])
     given = vars(parser.parse_args(argv))
-    if "init" in given and "size" in given:
-        parser.error("--init takes its size from the checkpoint: leave out --size")
+    for flag, name in (("--size", "size"), ("--alpha-start", "alpha_start")):
+        if "init" in given and name in given:
+            parser.error(f"--init starts from the checkpoint: leave out {flag}")
     if "init" in given:
         given.setdefault("out", "runs/fine-tuned")
     given.setdefault("out", f"runs/{given.get('size', 'tiny')}")
@@ -860,7 +863,8 @@ MAY_CHANGE = {"save_every", "grid", "compile", "device", "out", "fresh", "init",
 
 
 def resumed_settings(saved, given):
-    """-> TrainConfig of a run that goes on: the state's, with what the command may change."""
+    """-> TrainConfig of a run that goes on: the state's, with what the command may change:
+    MAY_CHANGE, and where data or vae lie. ValueError: another difference."""
     defaults = asdict(TrainConfig()) | RECIPES.get(saved["size"], {})
     saved = defaults | saved  # its file may be older than a setting
     fixed = given.keys() - MAY_CHANGE
@@ -1080,7 +1084,8 @@ def save_state(run):
     """Write the averaged model, then the state (run_tensors, and no random state: draw_batch needs
     none). The last two are kept. A run may go on with another number of processes.
 
-    After a kill between the two, the run goes on from the older state to the same model. Tensors
+    Each replaces the old file when it is whole (atomic_write). After a kill between the two, the
+    run goes on from the older state to the same model. Tensors
     are gathered one by one, into rank 0's memory. (A large model takes minutes: torchrun
     --shutdown-timeout 1800 leaves it the time after a stop.)
     """

@@ -300,6 +300,7 @@ def test_help_shows_every_default(monkeypatch, capsys):
     ("--lr nan", 2, "--lr: got nan, expected at least 0"),
     ("--seed 4294967296", 2, "--seed: got 4294967296, expected at least 0 and at most 42949"),
     ("--init x.pt --size tiny", 2, "leave out --size"),
+    ("--init x.pt --alpha-start random", 2, "leave out --alpha-start"),
     ("--vae some/vae", 1, "--vae needs --data"),
     ("--image-size 26", 1, "image size 26 is not a multiple of the patch size 4"),
     ("--init full.pt", 1, "works on latents of some/vae: add --data and --vae"),
