@@ -140,7 +140,8 @@ def ternarize(weight, gamma=None):
     gamma = mean|weight| + eps. So a weight with |weight| < gamma / 2 becomes 0: a quarter of them
     at the start, where weights are uniform. If gamma were max|weight|, one large weight would make
     most others 0. gamma decides which weights become 0; the size of the output is up to alphas.
-    Pass gamma if `weight` is only a part of the matrix. TernaryWeight adds the gradient.
+    Like upstream and BitNet we take one gamma for the matrix; one for each row was not tried. Pass
+    gamma if `weight` is only a part of the matrix. TernaryWeight adds the gradient.
 
     >>> ternarize(torch.tensor([[0.30, -0.80], [0.05, 0.85]])).tolist()  # gamma is 0.5
     [[1.0, -1.0], [0.0, 1.0]]
@@ -159,7 +160,8 @@ class TernaryWeight(torch.autograd.Function):
     *straight-through estimator* pretends codes = weight, also where they are clipped. So codes *
     alphas has the gradient `grad * alphas` for weight, and `(grad * codes).sum()` for alphas. The
     optimizer moves the latent weight in full precision, and its code flips when it has moved far
-    enough. An alpha may become negative.
+    enough. Latent weights are not clipped: only weight / gamma counts. An alpha may become
+    negative.
 
     (Between the clips a code rises by 1 when its weight rises by gamma, so 1 / gamma would be a
     truer slope than 1. We use 1, as upstream: Adam's steps hardly depend on such a factor.)
@@ -194,9 +196,9 @@ class TernaryLinear(nn.Module):
     `weight` (N, K) latent, ternarized anew in each forward pass; `bias` (N,) or None (only adaLN's
     has one); `alphas` (1,) the one scale, upstream's name. It is learned, where BitNet takes
     mean|W|: so latent weights may decay without a smaller output. One scale an output gained
-    nothing in 1,500 steps (tests/RESULTS.md). x is not quantized (for sampling it may be:
-    int8_linear_plain). Autocast casts codes * alphas to bf16. That rounds alpha; the codes stay
-    exact.
+    nothing in 1,500 steps (tests/RESULTS.md); all users of alphas take one. x is not quantized (for
+    sampling it may be: int8_linear_plain). Autocast casts codes * alphas to bf16. That rounds
+    alpha; the codes stay exact.
     """
 
     def __init__(self, in_features, out_features, bias=False):
@@ -677,7 +679,7 @@ class GaussianDiffusion:
         Second order takes the x0 in the middle of the step, at lambda + h / 2, from the straight
         line through the last two predictions. The first step has one prediction alone, and in the
         step to i = 0, where acp jumps to almost 1, h is too large: both are of first order. Steps
-        are even in t.
+        are even in t, not in lambda: ADM's spacing, for all samplers.
         """
         sigma = self.sqrt_one_minus_alphas_cumprod
         lambdas = 0.5 * np.log(self.alphas_cumprod / (1 - self.alphas_cumprod))
@@ -822,8 +824,9 @@ class PackedTernaryLinear(nn.Module):
 
 @torch.no_grad()
 def pack_model(model):
-    """A DiT of TernaryLinear layers -> a new one of PackedTernaryLinear layers, in eval mode. fp32
-    outputs agree to 1e-5: sums are added in another order. ValueError: a weight is not finite."""
+    """A DiT of TernaryLinear layers -> a new one of PackedTernaryLinear layers, in eval mode. All
+    else stays in fp32. fp32 outputs agree to 1e-5: sums are added in another order. ValueError: a
+    weight is not finite."""
     with torch.device("meta"):
         packed = DiT(model.config, packed=True)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -850,9 +853,9 @@ def packed_linear(x, weight, alphas, bias, dtype, is_adaln=False):
         any     any             int8    int8_linear, x is rounded          -> bf16
         any     any             others  packed_linear_plain                -> dtype
 
-    launch_kernel takes small_batch up to 16 tokens, else wgmma on Hopper and mma on other GPUs. It
-    needs nvcc, small_rows g++; a warning says once what is missing. ValueError: x is not (M, K), or
-    in int8 not finite.
+    launch_kernel takes small_batch up to 16 tokens, else wgmma on Hopper and mma on other GPUs (for
+    sizes that do not fit: naive). It needs nvcc, small_rows g++; a warning says once what is
+    missing. ValueError: x is not (M, K), or in int8 not finite.
     """
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x of (M, {weight.shape[1]}) wanted, got {tuple(x.shape)}")

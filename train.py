@@ -1085,9 +1085,9 @@ def save_state(run):
     none). The last two are kept. A run may go on with another number of processes.
 
     Each replaces the old file when it is whole (atomic_write). After a kill between the two, the
-    run goes on from the older state to the same model. Tensors
-    are gathered one by one, into rank 0's memory. (A large model takes minutes: torchrun
-    --shutdown-timeout 1800 leaves it the time after a stop.)
+    run goes on from the older state to the same model. Tensors are gathered one by one, into rank
+    0's memory. (A large model takes minutes: torchrun --shutdown-timeout 1800 leaves it the time
+    after a stop.)
     """
     is_first = ranks()[0] == 0
     tensors = {}
