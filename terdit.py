@@ -85,8 +85,6 @@ class Config:
             raise ValueError(f"image size {self.input_size} is not {patches}")
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction={self.prediction!r}, expected 'eps' or 'v'")
-        if self.ternary and (self.dim % 4 or self.ffn_dim % 4):
-            raise ValueError(f"dim={self.dim}, ffn_dim={self.ffn_dim}: 4 must divide both to pack")
         if self.alpha_start not in ("absmean", "random"):
             raise ValueError(f"alpha_start={self.alpha_start!r}, expected 'absmean' or 'random'")
 
@@ -203,6 +201,8 @@ class TernaryLinear(nn.Module):
 
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
+        if out_features % 4:
+            raise ValueError(f"a ternary layer has {out_features} outputs: packing needs a multiple of 4")
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.xavier_uniform_(self.weight)
         # With mean|W| outputs are 0.75 as large as those of the uniform weights. Alphas of N(0, 1)

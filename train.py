@@ -807,8 +807,7 @@ def load_init(given):
     """-> the model of --init, on rank 0 alone, and the Config that a new run begins with."""
     if "init" not in given:
         size = given.get("size", "tiny")
-        ternary = not given.get("full_precision", False)
-        return None, Config(size=size, ternary=ternary, **SIZES[size])
+        return None, Config(size=size, **SIZES[size])
     init = None
     if ranks()[0] == 0:
         path = find_checkpoint(given["init"])

@@ -169,6 +169,15 @@ def held_out_losses(model, x0, y):
     return losses.numpy()
 
 
+def paired_difference(losses, others):
+    """Losses (seeds, images) of two kinds of models on the same images -> the difference of each
+    seed, and the standard error of their mean: over the seeds, or of one seed over the images."""
+    gaps = np.asarray(losses) - np.asarray(others)
+    of_seeds = gaps.mean(1)
+    values = of_seeds if len(gaps) > 1 else gaps[0]
+    return of_seeds, np.std(values, ddof=1) / len(values) ** 0.5
+
+
 def read_folder(folder, config, device):
     """A folder's images as a model of this config sees them -> x0 (n, C, H, W), names, labels (n,).
     """
@@ -208,11 +217,11 @@ def compare_losses(args):
     results = []
     for path, model, rows in zip(args.ckpt, models, classes):
         losses.append(held_out_losses(model.to(args.device), x0, rows[labels]))
-        gap = losses[-1] - losses[0]
-        figures = dict(ckpt=path, images=len(gap), loss=losses[-1].mean())
-        figures["above_the_first"] = gap.mean()
-        figures["standard_error"] = gap.std(ddof=1) / len(gap) ** 0.5
-        figures["percent"] = 100 * gap.mean() / losses[0].mean()
+        (gap,), error = paired_difference(losses[-1:], losses[:1])
+        figures = dict(ckpt=path, images=len(x0), loss=losses[-1].mean())
+        figures["above_the_first"] = gap
+        figures["standard_error"] = error
+        figures["percent"] = 100 * gap / losses[0].mean()
         results.append(report(**figures))
     return results
 

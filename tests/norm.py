@@ -10,11 +10,9 @@ the same noise and timesteps for all.
 """
 
 import argparse
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from os import environ
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +23,10 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from sample import run_main  # noqa: E402
 from terdit import SIZES, DiT, load_model  # noqa: E402
-from tests.bench_quality import held_out_losses  # noqa: E402
+from tests.bench_quality import held_out_losses, paired_difference  # noqa: E402
 from tests.paper import Panel, plot, publish  # noqa: E402
 from tests.pictures import read_column  # noqa: E402
+from tests.recipes import run_on_one_thread  # noqa: E402
 
 OUT = Path("runs/norm")
 MARKS = [0, 1, 2, 5, 10, 20, 50, 100, 200, 300, 500, 700, 1000, 1499, 2000, 3000, 4499]
@@ -133,19 +132,15 @@ def watch(model, path):
 
 
 def train_and_judge(row, seed):
-    """Train on one thread, with the output in log.txt. Then leave the held-out losses beside it."""
+    """Train a row. Then leave its held-out losses in its folder."""
     out = row.folder(seed)
     if (out / "results.npz").is_file():
         return
-    out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "train", "--out", out, "--seed", str(seed)]
     command += ["--compile", "--save-every", "500", *row.flags()]
     if row != DEMO:  # pictures.py shows its grids
         command += ["--grid", "0"]
-    with open(out / "log.txt", "a") as log:
-        one_thread = environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=one_thread, stdout=log, stderr=log)
-    if done.returncode:
+    if run_on_one_thread(command, out):
         print(f"{out}: the training failed, see log.txt there", flush=True)
         return
     model = load_model(out / "packed.pt")
@@ -196,17 +191,6 @@ def read_losses(row):
     return found
 
 
-def difference(losses, others):
-    """Paired, over the seeds that both have -> mean, its standard error, mean of the others. The
-    error is that over the seeds if there are more than one, else that over the digits."""
-    seeds = losses.keys() & others.keys()
-    gaps = [losses[seed] - others[seed] for seed in seeds]
-    of_seeds = [gap.mean() for gap in gaps]
-    values = of_seeds if len(gaps) > 1 else gaps[0]
-    error = np.std(values, ddof=1) / len(values) ** 0.5
-    return np.mean(of_seeds), error, np.mean([others[seed] for seed in seeds])
-
-
 def report():
     """Print and leave the table of what is trained, and the plot."""
     OUT.mkdir(parents=True, exist_ok=True)
@@ -217,9 +201,12 @@ def report():
             continue
         against = ""
         others = read_losses(replace(row, norm="none"))
-        if row.norm != "none" and losses.keys() & others.keys():
-            gap, error, level = difference(losses, others)
-            against = f"{gap:+.4f} +- {error:.4f} ({100 * gap / level:+.1f}%)"
+        seeds = losses.keys() & others.keys()
+        if row.norm != "none" and seeds:
+            without = [others[seed] for seed in seeds]
+            gaps, error = paired_difference([losses[seed] for seed in seeds], without)
+            percent = 100 * gaps.mean() / np.mean(without)
+            against = f"{gaps.mean():+.4f} +- {error:.4f} ({percent:+.1f}%)"
         by_seed = ", ".join(f"{loss.mean():.4f}" for loss in losses.values())
         setting = [row.shape, f"{row.steps:,}", f"{row.lr:g}", row.alphas, row.adaln, row.norm]
         table.append([*setting, by_seed, against])

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from sample import MAX_SEED, find_checkpoint, number, require_same, run_main  # noqa: E402
 from terdit import load_model  # noqa: E402
-from tests.bench_quality import draw, exam_of, held_out_losses  # noqa: E402
+from tests.bench_quality import draw, exam_of, held_out_losses, paired_difference  # noqa: E402
 from tests.paper import publish  # noqa: E402
 from train import digits  # noqa: E402
 
@@ -125,12 +125,19 @@ def folder_of(args, size, recipe, seed):
     return args.out / size / f"{recipe.name}-seed{seed}"
 
 
+def run_on_one_thread(command, out):
+    """Run a command, its output in out/log.txt. -> its exit code"""
+    out.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(out / "log.txt", "a") as log:
+        return subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+
+
 def train_and_judge(args, size, recipe, seed):
-    """Train a recipe on one thread, its output in log.txt. Then leave losses and samples there."""
+    """Train a recipe. Then leave its losses and samples in its folder."""
     out = folder_of(args, size, recipe, seed)
     if (out / RESULTS).is_file():
         return
-    out.mkdir(parents=True, exist_ok=True)
     full = folder_of(args, size, REFERENCES[size], seed) / "full.pt"
     flags = [str(full) if flag == "FULL" else flag for flag in recipe.flags.split()]
     if "--init" not in flags:
@@ -138,11 +145,7 @@ def train_and_judge(args, size, recipe, seed):
     program = [__file__, "train"] if "--teacher" in flags else [ROOT / "train.py"]
     steps = recipe.steps // args.divisor
     flags += f"--compile --grid 0 --seed {seed} --steps {steps}".split()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(out / "log.txt", "a") as log:
-        command = [sys.executable, *program, "--out", out, *flags]
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log)
-    if done.returncode:
+    if run_on_one_thread([sys.executable, *program, "--out", out, *flags], out):
         raise ValueError(f"{out}: the training failed, see log.txt there")
     model = load_model(find_checkpoint(out))
     losses = held_out_losses(model, *digits(2048, model.config.input_size, 5000))
@@ -183,10 +186,7 @@ def report(args):
         for recipe in (REFERENCES[size], *args.studies[size]):
             found = read_results(args, size, recipe)
             losses = np.array([result["losses"] for result in found])
-            gaps = losses - references  # (seeds, digits)
-            of_seeds = gaps.mean(1)
-            values = of_seeds if len(found) > 1 else gaps[0]
-            error = np.std(values, ddof=1) / len(values) ** 0.5
+            gaps, error = paired_difference(losses, references)
             percent = 100 * gaps.mean() / references.mean()
             fids = []
             for result in found:
@@ -196,7 +196,7 @@ def report(args):
             all_steps = total_steps(recipe, size) / args.divisor
             row = [size, recipe.title, f"{steps:,}", f"{all_steps:,.0f}", f"{losses.mean():.4f}"]
             row.append(f"{gaps.mean():+.4f} +- {error:.4f} ({percent:+.1f}%)")
-            rows.append([*row, ", ".join(f"{gap:+.4f}" for gap in of_seeds), ", ".join(fids)])
+            rows.append([*row, ", ".join(f"{gap:+.4f}" for gap in gaps), ", ".join(fids)])
     columns = ["size", "recipe", "steps", "steps of all models", "held-out loss"]
     columns += ["above full precision", "by seed", "toy FID by seed"]
     publish(args.out, "recipes", "Training recipes", columns, rows, rows)
