@@ -202,7 +202,7 @@ class TernaryLinear(nn.Module):
     def __init__(self, in_features, out_features, bias=False):
         super().__init__()
         if out_features % 4:
-            raise ValueError(f"a ternary layer has {out_features} outputs: packing needs a multiple of 4")
+            raise ValueError(f"{out_features} outputs: a packed layer needs a multiple of 4")
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.xavier_uniform_(self.weight)
         # With mean|W| outputs are 0.75 as large as those of the uniform weights. Alphas of N(0, 1)

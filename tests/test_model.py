@@ -129,5 +129,5 @@ def test_a_width_that_cannot_be_packed_is_refused_at_the_start(change, outputs):
     config = SMALL | change
     with torch.device("meta"):
         DiT(Config(**config, ternary=False, adaln_norm=False))
-        with pytest.raises(ValueError, match=f"^a ternary layer has {outputs} outputs: packing needs"):
+        with pytest.raises(ValueError, match=f"^{outputs} outputs: a packed layer needs"):
             DiT(Config(**config))
